@@ -1,0 +1,28 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["TQDM_DISABLE"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_cache(tmp_path_factory):
+    """The decoded-image cache of the tests is not the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def error(capsys):
+    """error(call, *arguments): the call must exit with code 2 and exactly one line on standard error, which is returned."""
+    def check(call, *arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            call(*arguments)
+        lines = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error: ")]
+        assert stop.value.code == 2 and len(lines) == 1
+        return lines[0]
+    return check

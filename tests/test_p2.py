@@ -1,0 +1,370 @@
+"""p2_diffusion.py: sampler mathematics, exact resume, independence of the batch, the grader's rules, one-file use, bad input."""
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import p2_diffusion as p2
+from conftest import ROOT
+
+TINY = ["--channels", "32", "32", "--batch-size", "8", "--T", "20", "--device", "cpu"]
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    """A tiny network after six steps."""
+    path = tmp_path_factory.mktemp("ckpt") / "tiny.pt"
+    p2.main(["--mode", "train", "--steps", "6", "--ckpt", str(path), *TINY])
+    return path
+
+
+def sample(ckpt, out, *options):
+    p2.main(["--mode", "sample", "--ckpt", str(ckpt), "--out", str(out), "--num", "2", "--sample-steps", "4", "--device", "cpu", *options])
+    return {name: torch.from_numpy(np.array(Image.open(out / name)).astype(int)) for name in sorted(os.listdir(out))}
+
+
+# ------------------------------------------------------------------ schedule, samplers, loss
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_alpha_bar(schedule):
+    alpha_bar = p2.make_alpha_bar(schedule, 1000)
+    assert alpha_bar.dtype == torch.float64 and (alpha_bar.diff() < 0).all() and 0 < alpha_bar[-1] < 1e-4
+    if schedule == "linear":
+        for t, value in ((0, 0.9999), (20, 0.9937354286), (980, 0.0000590375), (999, 0.0000403583)):
+            assert abs(alpha_bar[t].item() - value) < 1e-10
+
+
+def test_ddim_with_eta_1_and_all_steps_is_ddpm():
+    alpha_bar = p2.make_alpha_bar("cosine", 50)
+    draws = torch.randn(50, 4, 3, 28, 28, dtype=torch.float64)
+
+    def run(sampler, *options):
+        left = iter(draws[1:])
+        return sampler(lambda x, t: torch.tanh(x + t / 50), draws[0], alpha_bar, *options, lambda: next(left))
+
+    assert torch.allclose(run(p2.ddim, 50, 1.0), run(p2.ddpm), atol=1e-10)
+
+
+def test_ddpm_has_the_posterior_variance():
+    alpha_bar = p2.make_alpha_bar("linear", 2)
+    a, b = alpha_bar[1].item(), alpha_bar[0].item()
+    seen = []
+    p2.ddpm(lambda x, t: seen.append(x) or torch.zeros_like(x), torch.zeros(100_000), alpha_bar, lambda: torch.randn(100_000))
+    assert seen[1].var().item() == pytest.approx((1 - b) / (1 - a) * (1 - a / b), rel=0.02)
+
+
+@pytest.mark.parametrize("sampler, order", [(p2.ddim, 1), (p2.dpm_solver, 2)])
+def test_order_of_convergence_on_a_gaussian(sampler, order):
+    """Data N(m, c^2): the exact predictor is known, and the flow keeps (x_t - a m) / sqrt(a^2 c^2 + s^2) constant."""
+    alpha_bar, m, c = torch.sigmoid(torch.linspace(5, -5, 641, dtype=torch.float64)), 0.3, 0.5  # log-SNR is linear in t
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+
+    def denoise(x, t):
+        a, v = alpha_bar[t].sqrt(), 1 - alpha_bar[t]
+        return m + a * c**2 / (a**2 * c**2 + v) * (x - a * m)
+
+    def exact(t):
+        a, v = alpha_bar[t].sqrt(), 1 - alpha_bar[t]
+        start = alpha_bar[-1]
+        z = (x - start.sqrt() * m) / (start * c**2 + 1 - start).sqrt()
+        return denoise(a * m + (a**2 * c**2 + v).sqrt() * z, t)
+
+    errors = [(sampler(denoise, x, alpha_bar, n) - exact(0)).abs().max().item() for n in (21, 41, 81)]
+    for big, small in zip(errors, errors[1:]):
+        assert math.log2(big / small) == pytest.approx(order, abs=0.4)
+
+
+def test_ddim_is_deterministic_at_eta_0_and_uses_its_noise_above():
+    alpha_bar, x = p2.make_alpha_bar("cosine", 20), torch.randn(2, 3, 28, 28)
+    assert torch.equal(*(p2.ddim(lambda x, t: torch.tanh(x), x, alpha_bar, 5) for _ in range(2)))
+    one, other = (p2.ddim(lambda x, t: torch.tanh(x), x, alpha_bar, 5, 0.5, lambda: v * torch.ones_like(x)) for v in (0.5, -0.5))
+    assert not torch.allclose(one, other)
+
+
+def test_guidance():
+    alpha_bar, y, x = p2.make_alpha_bar("cosine", 20), torch.arange(4), torch.randn(4, 3, 28, 28) * 0.1
+    seen = []
+
+    def model(x, t, labels):
+        seen.append(labels.tolist())
+        return 0.01 * labels.view(-1, 1, 1, 1).float().expand_as(x)
+
+    conditional = p2.denoiser(model, y, alpha_bar, "v", 0.0)(x, 10)
+    assert seen == [[0, 1, 2, 3]]  # w = 0: one branch
+    a, s = alpha_bar[10].sqrt(), (1 - alpha_bar[10]).sqrt()
+    assert torch.allclose(conditional, (a * x - s * model(x, None, y)).float(), atol=1e-6)
+    seen.clear()
+    guided = p2.denoiser(model, y, alpha_bar, "v", 2.0)(x, 10)
+    assert seen == [[0, 1, 2, 3, 10, 10, 10, 10]]  # one batch for both branches
+    v = 3 * 0.01 * y.float() - 2 * 0.01 * 10
+    assert torch.allclose(guided, (a * x - s * v.view(-1, 1, 1, 1)).float(), atol=1e-6)
+    outside = p2.denoiser(model, y, alpha_bar, "v", 2.0, (0.6, 1.0))(x, 10)
+    assert torch.equal(outside, conditional)
+
+
+def test_prediction_targets_are_recovered():
+    """A network that outputs the exact target gives loss 0, and the denoiser then returns x0, for eps and for v."""
+    alpha_bar, x0, y = p2.make_alpha_bar("cosine", 20), torch.rand(6, 3, 28, 28) * 2 - 1, torch.zeros(6).long()
+    for prediction in ("eps", "v"):
+        inputs = []
+
+        def oracle(x, t, labels):
+            inputs.append((x, t))
+            i = (t * 20).round().long()
+            a, s = (f.float().view(-1, 1, 1, 1) for f in (alpha_bar[i].sqrt(), (1 - alpha_bar[i]).sqrt()))
+            eps = (x - a * x0) / s
+            return eps if prediction == "eps" else a * eps - s * x0
+
+        assert p2.diffusion_loss(oracle, x0, y, alpha_bar, prediction, 5.0) < 1e-8
+        x, t = inputs[0]
+        assert len(set(t.tolist())) == 6  # stratified
+        assert torch.allclose(p2.denoiser(oracle, y, alpha_bar, prediction, 0.0)(0.5 * x0 + 0.1, 8), x0, atol=1e-4)
+
+
+# ------------------------------------------------------------------ networks
+
+def test_parameter_counts():
+    assert count(p2.ContextUnet(216)) == 18_743_187  # printed in the 2023 report
+    assert count(p2.UNet()) <= 5_000_000
+
+
+@pytest.mark.parametrize("options", [dict(), dict(attention="linear"), dict(attention="none"), dict(channels=(32, 64, 64), patch=1, blocks=2), dict(channels=(64,), patch=4)])
+def test_unet_shapes_and_null_class(options):
+    net = p2.UNet(**{"channels": (32, 32), **options})
+    for parameter in net.parameters():  # at the start every residual branch is zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(2, 3, 28, 28)
+    outs = [net(x, torch.tensor([0.1, 0.1]), torch.full((2,), y)) for y in (3, p2.NULL)]
+    assert outs[0].shape == x.shape and not torch.allclose(*outs)
+    assert not torch.allclose(net(x, torch.tensor([0.9, 0.9]), torch.tensor([3, 3])), outs[0])
+
+
+def test_context_unet_ignores_the_null_label():
+    net = p2.ContextUnet(16).eval()
+    x, t = torch.randn(2, 3, 28, 28), torch.tensor([0.5, 0.5])
+    with torch.no_grad():
+        for layer in (net.context1, net.context2):  # a zero vector only meets the biases
+            layer[0].weight.zero_()
+        assert torch.allclose(net(x, t, torch.tensor([1, 2])), net(x, t, torch.tensor([p2.NULL] * 2)), atol=1e-6)
+
+
+def test_ema_averages_parameters_and_copies_buffers():
+    model, ema = p2.ContextUnet(8), p2.ContextUnet(8)
+    before = ema.out[0].weight.clone()
+    model.init_conv.conv1[1].running_mean.fill_(7)
+    p2.update_ema(ema, model, 100)
+    k = (1 - 1 / 100) ** 17
+    assert torch.allclose(ema.out[0].weight, k * before + (1 - k) * model.out[0].weight, atol=1e-6)
+    assert (ema.init_conv.conv1[1].running_mean == 7).all()
+    p2.update_ema(ema, model, 1)
+    assert torch.equal(ema.out[0].weight, model.out[0].weight)
+
+
+# ------------------------------------------------------------------ training
+
+@pytest.mark.parametrize("options", [["--dropout", "0.2"], ["--arch", "context", "--width", "8", "--schedule", "linear", "--prediction", "eps"]])
+def test_resume_is_bit_equal(tmp_path, options):
+    def run(name, steps, *more):
+        p2.main(["--mode", "train", "--steps", str(steps), "--ckpt", str(tmp_path / name), *TINY, *options, *more])
+        return torch.load(tmp_path / name, weights_only=True)
+
+    whole = run("whole.pt", 6)
+    run("parts.pt", 3)
+    parts = run("parts.pt", 6, "--resume")
+    assert parts["step"] == whole["step"] == 6
+    for key in ("model", "ema"):
+        assert all(torch.equal(v, parts[key][k]) for k, v in whole[key].items())
+    for i, state in whole["optim"]["state"].items():
+        assert all(torch.equal(v, parts["optim"]["state"][i][k]) for k, v in state.items())
+    assert torch.equal(whole["rng"]["cpu"], parts["rng"]["cpu"])
+    assert re.match(r"step,loss,images_per_s,seconds\n3,.*\n6,", (tmp_path / "parts.log.csv").read_text())
+
+
+def test_training_learns_the_digits(tmp_path):
+    """The loss keeps falling on the built-in digits."""
+    p2.main(["--mode", "train", "--steps", "200", "--ckpt", str(tmp_path / "a.pt"), "--channels", "32", "32", "--batch-size", "16"])
+    log = torch.load(tmp_path / "a.pt", weights_only=True)["log"]
+    assert log[-1][1] < 0.7 * log[0][1]  # means over steps 1-100 and 101-200
+
+
+def test_existing_checkpoint_is_not_overwritten(ckpt, error):
+    before = ckpt.read_bytes()
+    assert "--resume" in error(p2.main, ["--mode", "train", "--steps", "6", "--ckpt", str(ckpt), *TINY])
+    assert "lr 0.5 (checkpoint: 0.001)" in error(p2.main, ["--mode", "train", "--resume", "--lr", "0.5", "--steps", "9", "--ckpt", str(ckpt), *TINY])
+    assert ckpt.read_bytes() == before
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(ckpt, tmp_path, capsys):
+    path = tmp_path / "nan.pt"
+    state = torch.load(ckpt, weights_only=True)
+    state["model"]["stem.weight"][0] = math.nan
+    torch.save(state, path)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        p2.main(["--mode", "train", "--resume", "--steps", "8", "--ckpt", str(path), *TINY])
+    assert stop.value.code == 1 and "loss is nan" in capsys.readouterr().err and path.read_bytes() == before
+
+
+def start(*arguments, **options):
+    return subprocess.Popen([sys.executable, str(ROOT / "p2_diffusion.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_ctrl_c_saves_and_exits_130(tmp_path):
+    path = tmp_path / "stopped.pt"
+    process = start("--mode", "train", "--ckpt", str(path), *TINY)
+    for line in process.stdout:
+        if "parameters" in line:
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
+    step = torch.load(path, weights_only=True)["step"]
+    p2.main(["--mode", "train", "--resume", "--steps", str(step + 1), "--ckpt", str(path), *TINY])
+    assert torch.load(path, weights_only=True)["step"] == step + 1
+
+
+def test_full_disk(ckpt, tmp_path):
+    """Files may not grow beyond the limit: the old checkpoint stays, nothing half-written is left, one line tells."""
+    path = tmp_path / "old.pt"
+    shutil.copy(ckpt, path)
+    before = path.read_bytes()
+
+    def limit(size):
+        return lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+
+    process = start("--mode", "train", "--resume", "--steps", "7", "--ckpt", str(path), *TINY, preexec_fn=limit(100_000))
+    _, err = process.communicate()
+    assert process.returncode == 2 and "cannot be written" in err and "Traceback" not in err
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["old.pt"]
+    process = start("--mode", "sample", "--ckpt", str(path), "--out", str(tmp_path / "s"), "--num", "1", "--sample-steps", "1", "--device", "cpu", preexec_fn=limit(500))
+    _, err = process.communicate()
+    assert process.returncode == 2 and "Traceback" not in err and os.listdir(tmp_path / "s") == []
+
+
+# ------------------------------------------------------------------ sampling
+
+@pytest.mark.parametrize("sampler", [["--sampler", "dpm++"], ["--sampler", "ddpm"], ["--sampler", "ddim", "--eta", "0.5"]])
+def test_images_do_not_depend_on_batch_size_or_number(ckpt, tmp_path, sampler):
+    reference = sample(ckpt, tmp_path / "a", "--precision", "float32", *sampler)
+    assert len(reference) == 20
+    for name, options in (("b", ["--batch-size", "3"]), ("c", ["--num", "1"]), ("d", ["--num", "3", "--batch-size", "7"])):
+        for image, pixels in sample(ckpt, tmp_path / name, "--precision", "float32", *sampler, *options).items():
+            if image in reference:
+                assert (pixels - reference[image]).abs().max() <= 1  # float32 sums may be ordered by the batch size
+    assert (sample(ckpt, tmp_path / "e", "--seed", "1", *sampler)["0_001.png"] - reference["0_001.png"]).abs().max() > 1
+    noise = [p2.image_noise(pairs, 5, "cpu")() for pairs in ([(3, 1)], [(0, 1), (3, 1)])]
+    assert torch.equal(noise[0][0], noise[1][1]) and not torch.equal(noise[1][0], noise[1][1])
+
+
+def test_files_are_what_the_grader_reads(ckpt, tmp_path):
+    """digit_classifier.py opens every entry, does not resize, and takes the first character as the label."""
+    sample(ckpt, tmp_path / "out", "--num", "100", "--sample-steps", "1")
+    names = sorted(os.listdir(tmp_path / "out"))
+    assert names == [f"{d}_{n:03d}.png" for d in range(10) for n in range(1, 101)]
+    labels = []
+    for name in names:
+        image = Image.open(tmp_path / "out" / name)
+        assert image.mode == "RGB" and image.size == (28, 28) and image.format == "PNG"
+        labels.append(int(name[0]))
+    assert [labels.count(d) for d in range(10)] == [100] * 10
+
+
+def test_other_files_in_out_are_named_and_kept(ckpt, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    p2.main(["--mode", "sample", "--ckpt", str(ckpt), "--out", str(tmp_path / "out"), "--num", "1", "--sample-steps", "1"])
+    assert "notes.txt" in capsys.readouterr().err and (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_the_file_copied_alone_samples(ckpt, tmp_path):
+    shutil.copy(ROOT / "p2_diffusion.py", tmp_path)
+    shutil.copy(ckpt, tmp_path / "model.pt")
+    code = "import sys; sys.modules['tqdm'] = sys.modules['matplotlib'] = sys.modules['sklearn'] = sys.modules['scipy'] = None; import p2_diffusion; p2_diffusion.main()"
+    result = subprocess.run([sys.executable, "-c", code, "--mode", "sample", "--ckpt", "model.pt", "--out", "digits", "--num", "1", "--sample-steps", "2"],
+                            cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(os.listdir(tmp_path / "digits")) == 10
+
+
+def test_grid_and_eval(ckpt, tmp_path, capsys):
+    p2.main(["--mode", "grid", "--ckpt", str(ckpt), "--out", str(tmp_path / "figures"), "--sample-steps", "7"])
+    assert sorted(os.listdir(tmp_path / "figures")) == ["digits.png", "guidance.png", "reverse.png", "training.png"]
+    sizes = {name: Image.open(tmp_path / "figures" / name).size for name in os.listdir(tmp_path / "figures")}
+    assert all(min(size) > 100 for size in sizes.values()) and sizes["reverse.png"][0] > 3 * sizes["reverse.png"][1]
+    sample(ckpt, tmp_path / "digits")
+    shutil.copy(ckpt, tmp_path / "model.pt")
+    capsys.readouterr()
+    p2.main(["--mode", "eval", "--input", str(tmp_path / "digits"), "--ckpt", str(tmp_path / "model.pt"), "--out", str(tmp_path / "score.json")])
+    printed = capsys.readouterr().out
+    assert re.search(r"acc = [\d.]+ \(correct/total = \d+/20\)", printed) and "% on the val part of built-in data" in printed
+    assert (tmp_path / "digit_classifier.pth").is_file() and '"n": 20' in (tmp_path / "score.json").read_text()
+
+
+# ------------------------------------------------------------------ command line and bad input
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        p2.main(["-h"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "--guidance" in text and "2207.12598" in text
+    options = re.findall(r"^  (--[\w-]+)", text, re.M)
+    assert len(options) >= 25 and text.count("(default:") >= len(options) - 4
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--lr", "-1"], ["--guidance", "x"], ["--mode", "fly"], ["--channels", "33"], ["--channels", "32", "32", "32", "32"],
+                                       ["--guidance-interval", "0.2"], ["--num", "0"], ["--sample-steps", "0"], ["--T", "1"]])
+def test_wrong_options(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        p2.main(arguments)
+    assert stop.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+def test_no_cuda(error):
+    assert "--device cpu" in error(p2.main, ["--device", "cuda"])
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/p2-hostile-pickle-was-executed",)
+
+
+def test_bad_checkpoints(ckpt, tmp_path, error):
+    def message(path, *more):
+        return error(p2.main, ["--mode", "sample", "--ckpt", str(path), "--out", str(tmp_path / "out"), *more])
+
+    assert "--mode train" in message(tmp_path / "none.pt")
+    (tmp_path / "short.pt").write_bytes(ckpt.read_bytes()[:-1000])
+    assert "truncated" in message(tmp_path / "short.pt")
+    torch.save({"script": "p1_gan", "args": {}}, tmp_path / "p1.pt")
+    assert "found p1_gan" in message(tmp_path / "p1.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    assert "found Tensor" in message(tmp_path / "tensor.pt")
+    assert "holds --arch unet" in message(ckpt, "--arch", "context")
+    torch.save(Hostile(), tmp_path / "hostile.pt")
+    assert "not a readable checkpoint" in message(tmp_path / "hostile.pt")
+    assert not os.path.exists("/tmp/p2-hostile-pickle-was-executed")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_folders(ckpt, tmp_path, error):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", "/proc/nowhere"):
+        assert str(out) in error(p2.main, ["--mode", "sample", "--ckpt", str(ckpt), "--out", str(out), "--num", "1"])
+    assert "looked for" in error(p2.main, ["--mode", "train", "--data", str(tmp_path), "--ckpt", str(tmp_path / "new.pt")])
+    assert "no such folder" in error(p2.main, ["--mode", "eval", "--input", str(tmp_path / "none"), "--ckpt", str(ckpt)])
