@@ -383,9 +383,8 @@ def train(args):
     alpha_bar = make_alpha_bar(args.schedule, args.T).to(args.device)
     print(f"{args.arch}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}")
     stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(True))
-    bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", mininterval=1)
+    handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", mininterval=1 if sys.stderr.isatty() else 60)
     start, saved, total, count, last = time.perf_counter(), time.perf_counter(), 0.0, 0, seconds
     while step < args.steps and not stop:
         i = torch.randint(len(images), (args.batch_size,), device=args.device)
@@ -415,6 +414,8 @@ def train(args):
                 save_checkpoint(args.ckpt, args, model, ema, optim, step, now, log)
                 saved = time.perf_counter()
     save_checkpoint(args.ckpt, args, model, ema, optim, step, seconds + time.perf_counter() - start, log)
+    for signal_number, handler in handlers.items():
+        signal.signal(signal_number, handler)
     bar.close()
     print(f"{args.ckpt}: step {step}, {log[-1][3] if log else 0:.0f} s of training")
     if stop:
@@ -428,6 +429,8 @@ def load_model(args):
     """The EMA network of --ckpt in eval mode and its alpha_bar; network settings are taken from the checkpoint."""
     ckpt = load_checkpoint(args.ckpt, args.arch, args.device)
     vars(args).update({k: ckpt["args"][k] for k in NETWORK})
+    if args.sample_steps > args.T:
+        fail(f"--sample-steps {args.sample_steps}: expected at most the {args.T} steps that {args.ckpt} was trained with")
     model = build(args).to(args.device).eval()
     model.load_state_dict(ckpt["ema"])
     return model, make_alpha_bar(args.schedule, args.T)
@@ -525,9 +528,8 @@ def grid(args):
     times, states = zip(*[trace[i] for i in np.linspace(0, len(trace) - 1, 6).round().astype(int)])
     titles = [f"t = {t}" for t in times[:-1]] + ["result"]
     save_grid(out / "reverse.png", torch.stack(states)[None], [0], titles, f"reverse process, {how}, T = {args.T}", scale=1.5)
-    rows, weights = [], (0.0, 0.5, 2.0)
-    for args.guidance in weights:
-        rows.append(generate(model, alpha_bar, [(digit, 1) for digit in range(DIGITS)], args))
+    weights = (0.0, 0.5, 2.0)
+    rows = [generate(model, alpha_bar, [(digit, 1) for digit in range(DIGITS)], argparse.Namespace(**{**vars(args), "guidance": w})) for w in weights]
     save_grid(out / "guidance.png", torch.stack(rows), [f"w = {w}" for w in weights], range(DIGITS), f"guidance, the same noise in each column, {how}")
     log = Path(args.ckpt).with_suffix(".log.csv")
     if log.is_file():
@@ -550,6 +552,7 @@ def number(kind, low, high=math.inf):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = fail
 
     def add(group, name, default, help, **kw):
         group.add_argument(name, default=default, help=f"{help} (default: {kw.pop('shown', default)})".replace("%", "%%"), **kw)
@@ -565,9 +568,9 @@ def parse_args(argv=None):
     add(p, "--precision", "auto", "bf16 autocast or float32; auto: bf16 where the hardware has it", choices=("auto", "bf16", "float32"))
     g = p.add_argument_group("training")
     add(g, "--steps", 45000, "total number of steps, with --resume those of the runs before included", type=number(int, 1))
-    g.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes: 1000 steps")
+    g.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes: 1200 steps of 32 images")
     g.add_argument("--resume", action="store_true", help="go on from --ckpt exactly")
-    add(g, "--batch-size", None, "images per step", type=number(int, 1), shown="64; sampling 100")
+    add(g, "--batch-size", None, "images per step", type=number(int, 1), shown="64 to train, 100 to sample")
     add(g, "--lr", 1e-3, "peak learning rate of AdamW", type=number(float, 0))
     add(g, "--label-dropout", 0.1, "share of labels replaced by the null class", type=number(float, 0, 1))
     add(g, "--gamma", 5.0, "min-SNR weighting; 0 switches it off", type=number(float, 0))
@@ -591,9 +594,11 @@ def parse_args(argv=None):
     add(g, "--guidance-interval", [0.0, 1.0], "guide while t / T is in it", type=number(float, 0, 1), nargs=2, metavar=("LO", "HI"))
     args = p.parse_args(argv)
     if any(c % 32 for c in args.channels) or SIZE // args.patch % 2 ** (len(args.channels) - 1):
-        p.error(f"--channels {args.channels} with --patch {args.patch}: expected multiples of 32 and {SIZE // args.patch} pixels halved {len(args.channels) - 1} times")
+        fail(f"--channels {args.channels} with --patch {args.patch}: expected multiples of 32, and that {SIZE // args.patch} can be halved {len(args.channels) - 1} times")
+    if args.width % 8:
+        fail(f"--width {args.width}: expected a multiple of 8")
     if args.fast:
-        args.steps = 1000
+        args.steps, args.batch_size = 1200, 32
     args.batch_size = args.batch_size or (64 if args.mode == "train" else 100)
     args.ckpt = args.ckpt or f"checkpoints/p2_diffusion_{args.arch}.pt"
     args.out = args.out or {"sample": "samples", "grid": "figures"}.get(args.mode)
