@@ -5,7 +5,7 @@ A data set is one uint8 tensor (N, 3, H, W) and one int64 tensor (N,) of labels.
 1. the course layout: ROOT/digits/DOMAIN/{data/*.png,train.csv,val.csv} (2022, 2023) or
    ROOT/digits/DOMAIN/{train,test}/*.png + {train,test}.csv (2021); CSV header `image_name,label`;
 2. a torchvision root: ROOT/MNIST/raw, usps.bz2 + usps.t.bz2, {train,test}_32x32.mat; MNIST-M is blended from MNIST and
-   any folder of photographs (*.jpg, for instance BSDS500) below ROOT, as Ganin et al. did (arXiv 1505.07818): |patch - digit|;
+   a folder of photographs (BSDS500 or BSR, or else every *.jpg below ROOT), as Ganin et al. did (arXiv 1505.07818): |patch - digit|;
 3. ROOT = None: built-in data, made in seconds from files that scikit-learn and matplotlib ship.
 
 Decoded PNG folders are cached in $XDG_CACHE_HOME (or ~/.cache), keyed by every file's path, size and time.
@@ -15,7 +15,6 @@ import hashlib
 import os
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -61,15 +60,15 @@ def read_folder(folder, names, size):
         except OSError as e:
             fail(f"{folder / name}: {e.strerror}")
         key.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "p1-p4-images"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "p1-p4-images"
     cache = home / f"{key.hexdigest()[:32]}.npz"
     try:
         with np.load(cache, allow_pickle=False) as f:
             images = f["images"]
         if images.shape == (len(names), 3, height, width) and images.dtype == np.uint8:
             return torch.from_numpy(images)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # no cache yet, or a damaged one: decode again
+    except Exception:
+        pass  # no cache yet, or a damaged one (numpy and zipfile raise many types): decode again
     images = np.stack([read_image(folder / name, size) for name in names]).transpose(0, 3, 1, 2)
     images = np.ascontiguousarray(images)
     try:
@@ -93,17 +92,18 @@ def read_csv(path, folder):
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
-            rows = list(csv.DictReader(f, skipinitialspace=True))
+            reader = csv.DictReader(f, skipinitialspace=True)
+            rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         fail(f"{path}: cannot be read as CSV ({e})")
     if not rows:
         fail(f"{path}: no rows, expected the header image_name,label and one row per image")
-    missing = {"image_name", "label"} - set(rows[0])
+    missing = {"image_name", "label"} - set(rows[0][1])
     if missing:
-        fail(f"{path}: no column {' and '.join(sorted(missing))}; found {','.join(map(str, rows[0]))}, expected image_name,label")
+        fail(f"{path}: no column {' and '.join(sorted(missing))}; found {','.join(map(str, rows[0][1]))}, expected image_name,label")
     present = set(os.listdir(folder)) if Path(folder).is_dir() else fail(f"{folder}: no such folder (images of {path})")
     names, labels = [], []
-    for number, row in enumerate(rows, 2):
+    for number, row in rows:
         name, label = row["image_name"], (row["label"] or "").strip()
         if name not in present:  # also refuses ../x.png: only plain names are in a folder's listing
             fail(f"{path}, line {number}: image {name!r} is not in {folder}")
@@ -135,14 +135,16 @@ def load_digits(root, domain, split):
                 return read_folder(base / folder, names, (28, 28)), torch.tensor(labels)
     try:
         return torchvision_digits(root, domain, split)
-    except RuntimeError:  # torchvision's "Dataset not found"
-        parts = {"mnistm": "MNIST/raw and a folder of *.jpg photographs", "svhn": f"{other}_32x32.mat", "usps": "usps.bz2, usps.t.bz2"}
+    except (RuntimeError, FileNotFoundError):  # torchvision's "Dataset not found"
+        parts = {"mnistm": "MNIST/raw with BSDS500 or other *.jpg photographs", "svhn": f"{other}_32x32.mat", "usps": "usps.bz2, usps.t.bz2"}
         fail(f"--data {root}: no {domain} {split} images; looked for digits/{domain}/{split}.csv with data/ (2022, 2023), "
              f"digits/{domain}/{other}.csv with {other}/ (2021), {parts[domain]} (torchvision)")
+    except Exception as e:  # what the readers of .mat, .bz2 and idx files raise has no common type
+        fail(f"--data {root}: the {domain} files of the torchvision layout are damaged ({type(e).__name__}: {e}); download them again")
 
 
 def torchvision_digits(root, domain, split):
-    """`load_digits` from the files that torchvision.datasets downloads; RuntimeError if they are not there."""
+    """`load_digits` from the files that torchvision.datasets downloads; RuntimeError or FileNotFoundError if they are not there."""
     import scipy.io
     from torchvision import datasets
     train = split == "train"
@@ -159,10 +161,11 @@ def torchvision_digits(root, domain, split):
         grey = torch.from_numpy(data.data)[:, None].float()
         return to_rgb(F.interpolate(grey, (28, 28), mode="bilinear").round().byte()), torch.tensor(data.targets)
     data = datasets.MNIST(str(root), train=train)
-    files = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
-    if not files:
+    files = sorted(root.glob("BS[DR]*/**/*.jpg")) or sorted(p for p in root.rglob("*.jpg") if "celeba" not in p.parts)
+    photographs = [p for p in map(read_image, files) if min(p.shape[:2]) >= 28]
+    if not photographs:
         raise RuntimeError("no photographs")
-    return blend(data.data, [read_image(p) for p in files], seed=int(train)), data.targets
+    return blend(data.data, photographs, seed=int(train)), data.targets
 
 
 def to_rgb(grey):
@@ -276,13 +279,16 @@ def train_classifier(data, path, device):
         optim.step()
         schedule.step()
     accuracy = (classify(net, val) == val_labels).float().mean().item()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": net.state_dict(), "optimizer": optim.state_dict(), "data": data_name(data), "accuracy": accuracy}, path)
-
-
-def data_name(data):
-    """What a trained classifier belongs to."""
-    return str(Path(data).resolve()) if data else "built-in data"
+    state = {"state_dict": net.state_dict(), "optimizer": optim.state_dict(), "data": str(data or "built-in data"), "accuracy": accuracy}
+    temporary = Path(f"{path}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        fail(f"{path}: cannot be written ({e})")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @torch.inference_mode()
@@ -299,19 +305,19 @@ def load_classifier(path, device):
         net.load_state_dict(state["state_dict"])
         return net, state
     except Exception as e:  # torch.load raises many types for damaged or hostile files
-        fail(f"--classifier {path}: not in the course's format, a dict with state_dict of conv1, conv2, fc1, fc2, fc3 ({type(e).__name__})")
+        fail(f"classifier {path}: not in the course's format, a dict with state_dict of conv1, conv2, fc1, fc2, fc3 ({type(e).__name__})")
 
 
 def diversity(images, labels):
-    """Per digit: standard deviation over its images (0-255), mean over pixels and channels. Returns (10,), nan where a digit has less than two."""
-    return torch.stack([images[labels == d].float().std(0).mean() for d in range(10)])
+    """Per digit: standard deviation over its images (0-255), mean over pixels and channels. Returns (10,), nan where there is no image."""
+    return torch.stack([images[labels == d].float().std(0, correction=0).mean() for d in range(10)])
 
 
 def score_digits(folder, data, classifier, beside, device):
     """Accuracy and diversity of the PNGs in `folder`, counted as the course's digit_classifier.py does: the first character is the label.
 
     data: as in load_digits, for the real images' diversity; classifier: weights in the course's format, or None for
-    beside/digit_classifier.pth, trained now if it is missing or of other data. Prints a table; returns a dict for JSON.
+    beside/digit_classifier_<hash of data>.pth, trained now if it is missing. Prints a table; returns a dict for JSON.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -327,18 +333,19 @@ def score_digits(folder, data, classifier, beside, device):
         fail(f"--input {folder}: {len(odd)} images are not 28x28, for instance {odd[0]}; the course's grader does not resize")
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(device)
     labels = torch.tensor([int(n[0]) for n in names], device=device)
-    path = Path(classifier or Path(beside) / "digit_classifier.pth")
+    which = hashlib.sha256(str(Path(data).resolve() if data else "").encode()).hexdigest()[:8]
+    path = Path(classifier or Path(beside) / f"digit_classifier_{which}.pth")
     if classifier and not path.is_file():
         fail(f"--classifier {path}: no such file; leave --classifier out to train one")
-    if not path.is_file() or not classifier and load_classifier(path, device)[1].get("data") != data_name(data):
+    if not path.is_file():
         train_classifier(data, path, device)
     net, state = load_classifier(path, device)
     own = f"{100 * state['accuracy']:.2f} % on the val part of {state['data']}" if "accuracy" in state else "own accuracy unknown"
     right = classify(net, images) == labels
     ratio = diversity(images, labels) / diversity(*(v.to(device) for v in load_digits(data, "mnistm", "train")))
     per_digit = [right[labels == d].float().mean().item() for d in range(10)]
-    result = {"n": len(names), "accuracy": right.float().mean().item(), "accuracy_per_digit": per_digit,
-              "diversity": ratio.nanmean().item(), "diversity_per_digit": ratio.tolist(), "classifier": f"{path}: {own}"}
+    result = {"n": len(names), "accuracy": right.sum().item() / len(names), "diversity": ratio.nanmean().item(), "classifier": f"{path}: {own}",
+              "per_digit": {d: {"accuracy": per_digit[d], "diversity": ratio[d].item()} for d in labels.unique().tolist()}}
     print(f"classifier {path}: {own}")
     print("digit      " + "".join(f"{d:7d}" for d in range(10)))
     print("accuracy   " + "".join(f"{v:7.3f}" for v in per_digit))

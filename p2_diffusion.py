@@ -9,11 +9,10 @@ v-prediction (2202.00512), min-SNR weights (2303.09556), guidance interval (2404
   python p2_diffusion.py --mode eval --input digits --data hw2_data   # digit accuracy and diversity
   python p2_diffusion.py --mode grid --out figures                    # 10x10 grid, reverse process, guidance comparison
 
-RESULT_LINE
+@RESULT@
 """
 import argparse
 import csv
-import io
 import json
 import math
 import os
@@ -37,10 +36,10 @@ except ImportError:  # the file copied alone runs without progress bars
 SIZE, DIGITS, NULL = 28, 10, 10  # NULL: the class index that stands for "no label"
 
 
-def fail(message):
-    """Wrong usage or input: one line on standard error, exit code 2."""
+def fail(message, code=2):
+    """One line on standard error; exit code 2: wrong usage or input, 1: a failed run."""
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 # ------------------------------------------------------------------ networks
@@ -52,10 +51,9 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(16, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.emb = nn.Linear(c_emb, 2 * c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(16, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(16, c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        zero_init(self.conv2)
         self.attention = nn.Identity() if attention == "none" else Attention(c_out, attention == "linear")
 
     def forward(self, x, emb):
@@ -71,8 +69,8 @@ class Attention(nn.Module):
     def __init__(self, channels, linear=False, head=32):
         super().__init__()
         self.heads, self.linear = channels // head, linear
-        self.norm, self.qkv, self.out = nn.GroupNorm(16, channels), nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
-        zero_init(self.out)
+        self.norm, self.qkv = nn.GroupNorm(16, channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x):
         b, c, h, w = x.shape
@@ -85,10 +83,11 @@ class Attention(nn.Module):
         return x + self.out(y.transpose(-1, -2).reshape(b, c, h, w))
 
 
-def zero_init(module):
-    """Residual branches start as the identity."""
-    nn.init.zeros_(module.weight)
-    nn.init.zeros_(module.bias)
+def zero(layer):
+    """Starts a layer at zero, so that its residual block starts as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 class UNet(nn.Module):
@@ -127,8 +126,7 @@ class UNet(nn.Module):
                 c = width
             if level:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)))  # doubles H and W
-        self.out = nn.Sequential(nn.GroupNorm(16, c), nn.SiLU(), nn.Conv2d(c, 3 * patch**2, 3, padding=1))
-        zero_init(self.out[-1])
+        self.out = nn.Sequential(nn.GroupNorm(16, c), nn.SiLU(), zero(nn.Conv2d(c, 3 * patch**2, 3, padding=1)))
 
     def forward(self, x, t, y):
         frequencies = 1000 * torch.exp(torch.linspace(0, -math.log(1000), 32, device=x.device))
@@ -168,7 +166,7 @@ class ContextUnet(nn.Module):
         n = width
 
         def embed(c_in, c_out):
-            return nn.Sequential(nn.Linear(c_in, c_out), nn.GELU(), nn.Linear(c_out, c_out))
+            return nn.Sequential(nn.Linear(c_in, c_out), nn.GELU(), nn.Linear(c_out, c_out), nn.Unflatten(1, (c_out, 1, 1)))
 
         self.init_conv = ConvPair(3, n, residual=True)
         self.down1 = nn.Sequential(ConvPair(n, n), nn.MaxPool2d(2))  # 14x14
@@ -182,32 +180,30 @@ class ContextUnet(nn.Module):
         self.out = nn.Sequential(nn.Conv2d(2 * n, n, 3, padding=1), nn.GroupNorm(8, n), nn.ReLU(), nn.Conv2d(n, 3, 3, padding=1))
 
     def forward(self, x, t, y):
-        context = F.one_hot(y, DIGITS + 1)[:, :DIGITS].to(x.dtype)  # NULL becomes the zero vector
-        t = t[:, None].to(x.dtype)
-
-        def modulate(h, context_embed, time_embed):
-            return context_embed(context)[:, :, None, None] * h + time_embed(t)[:, :, None, None]
-
+        context, t = F.one_hot(y, DIGITS + 1)[:, :DIGITS].to(x.dtype), t[:, None]  # NULL becomes the zero vector
         x = self.init_conv(x)
         d1 = self.down1(x)
         d2 = self.down2(d1)
-        h = modulate(self.up0(self.to_vec(d2)), self.context1, self.time1)
-        h = modulate(self.up1(torch.cat([h, d2], 1)), self.context2, self.time2)
+        h = self.context1(context) * self.up0(self.to_vec(d2)) + self.time1(t)
+        h = self.context2(context) * self.up1(torch.cat([h, d2], 1)) + self.time2(t)
         h = self.up2(torch.cat([h, d1], 1))
         return self.out(torch.cat([h, x], 1))
 
 
 def build(args):
-    """The network that `args` (arch and its settings) describe."""
+    """The network that `args` (arch and its settings) describe, on its device."""
     if args.arch == "context":
-        return ContextUnet(args.width)
-    return UNet(args.channels, args.blocks, args.patch, args.attention, args.dropout)
+        net = ContextUnet(args.width)
+    else:
+        net = UNet(args.channels, args.blocks, args.patch, args.attention, args.dropout)
+    # channels_last on GPUs only: on CPUs GroupNorm is several times slower in it
+    return net.to(args.device, memory_format=torch.channels_last if args.device.type == "cuda" else torch.preserve_format)
 
 
 # ------------------------------------------------------------------ schedule, loss, samplers
 
 def make_alpha_bar(schedule, T):
-    """alpha_bar (T,) in float64. linear: beta from 1e-4 to 0.02 in T steps (2006.11239); cosine: 2102.09672, equation 17."""
+    """alpha_bar (T,) in float64. linear: beta from 1e-4 to 0.02 whatever T, as the reports have it (2006.11239: T = 1000); cosine: 2102.09672, equation 17."""
     if schedule == "linear":
         beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
     else:
@@ -307,55 +303,57 @@ def bf16_available(device):
     return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-NETWORK = ("arch", "channels", "blocks", "patch", "attention", "dropout", "width", "T", "schedule", "prediction")
-TRAINING = ("batch_size", "lr", "label_dropout", "gamma", "seed")
+NETWORK = ("arch", "channels", "blocks", "patch", "attention", "dropout", "width", "T", "schedule", "prediction", "label_dropout")
+TRAINING = ("batch_size", "lr", "gamma", "seed", "images")
+KEYS = {"script", "args", "step", "seconds", "model", "ema", "optim", "rng", "log"}
 
 
-def save_checkpoint(path, args, model, ema, optim, step, seconds, log):
-    """Writes everything that training needs to go on, to a temporary file first."""
-    path = Path(path)
-    rng = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if args.device.type == "cuda" else {})}
+def save_checkpoint(args, model, ema, optim, step, seconds, log):
+    """Writes all that training needs to go on, and log.csv, whole or not at all. Returns what went wrong, or None."""
+    path, temporary = Path(args.ckpt), Path(f"{args.ckpt}.tmp")
+    rng = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(args.device)} if args.device.type == "cuda" else {})}
     state = {"script": "p2_diffusion", "args": {k: getattr(args, k) for k in NETWORK + TRAINING}, "step": step, "seconds": seconds,
              "model": model.state_dict(), "ema": ema.state_dict(), "optim": optim.state_dict(), "rng": rng, "log": log}
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", newline="") as f:
+            csv.writer(f).writerows([("step", "loss", "images_per_s", "seconds"), *log])
+        os.replace(temporary, path.with_suffix(".log.csv"))
         torch.save(state, temporary)
         os.replace(temporary, path)
-        with open(path.with_suffix(".log.csv"), "w", newline="") as f:
-            csv.writer(f).writerows([("step", "loss", "images_per_s", "seconds"), *log])
     except (OSError, RuntimeError) as e:
         temporary.unlink(missing_ok=True)
-        fail(f"--ckpt {path}: cannot be written ({e}); an older checkpoint there is unchanged")
+        return f"--ckpt {path}: cannot be written ({e}); an older checkpoint there is unchanged"
 
 
-def load_checkpoint(path, arch, device):
-    """The checkpoint of this script at `path`, read without running code from it."""
+def load_checkpoint(args):
+    """The checkpoint of this script in --ckpt, read without running code from it."""
+    path = args.ckpt
     if not Path(path).is_file():
-        fail(f"--ckpt {path}: no such file; make one with: python p2_diffusion.py --mode train --arch {arch} --ckpt {path}")
+        fail(f"--ckpt {path}: no such file; make one with: python p2_diffusion.py --mode train --arch {args.arch} --ckpt {path}")
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
+        ckpt = torch.load(path, map_location=args.device, weights_only=True)
     except Exception as e:  # torch.load raises many types for damaged or hostile files
-        fail(f"--ckpt {path}: not a readable checkpoint ({type(e).__name__}); truncated or not written by p2_diffusion.py --mode train")
-    if not isinstance(ckpt, dict) or ckpt.get("script") != "p2_diffusion":
-        fail(f"--ckpt {path}: not a checkpoint of p2_diffusion.py; found {ckpt.get('script', 'no script name') if isinstance(ckpt, dict) else type(ckpt).__name__}")
-    if ckpt["args"]["arch"] != arch:
-        fail(f"--ckpt {path}: holds --arch {ckpt['args']['arch']}, expected {arch}; pass --arch {ckpt['args']['arch']} or another --ckpt")
+        fail(f"--ckpt {path}: not a readable checkpoint ({type(e).__name__}); truncated, or not written by p2_diffusion.py --mode train")
+    if not isinstance(ckpt, dict) or ckpt.get("script") != "p2_diffusion" or KEYS - ckpt.keys() or set(NETWORK + TRAINING) - ckpt["args"].keys():
+        fail(f"--ckpt {path}: not a checkpoint of this p2_diffusion.py; found {ckpt.get('script', 'another dict') if isinstance(ckpt, dict) else type(ckpt).__name__}")
+    if ckpt["args"]["arch"] != args.arch:
+        fail(f"--ckpt {path}: holds --arch {ckpt['args']['arch']}, expected {args.arch}; pass --arch {ckpt['args']['arch']} or another --ckpt")
     return ckpt
 
 
 def resume(args, model, ema, optim):
     """Loads --ckpt into the training state; returns step, seconds and log. Differing settings are refused, not ignored."""
-    ckpt = load_checkpoint(args.ckpt, args.arch, args.device)
+    ckpt = load_checkpoint(args)
     differ = [f"{k} {getattr(args, k)} (checkpoint: {ckpt['args'][k]})" for k in NETWORK + TRAINING if getattr(args, k) != ckpt["args"][k]]
     if differ:
-        fail(f"--resume with other settings than {args.ckpt}: {', '.join(differ)}")
+        fail(f"--resume with other settings than {args.ckpt}: {', '.join(differ)}; pass the checkpoint's, or another --ckpt")
     model.load_state_dict(ckpt["model"])
     ema.load_state_dict(ckpt["ema"])
     optim.load_state_dict(ckpt["optim"])
     torch.set_rng_state(ckpt["rng"]["cpu"].cpu())
     if args.device.type == "cuda" and "cuda" in ckpt["rng"]:
-        torch.cuda.set_rng_state(ckpt["rng"]["cuda"].cpu())
+        torch.cuda.set_rng_state(ckpt["rng"]["cuda"].cpu(), args.device)
     return ckpt["step"], ckpt["seconds"], ckpt["log"]
 
 
@@ -370,54 +368,61 @@ def update_ema(ema, model, step):
 def train(args):
     """Trains on MNIST-M for --steps steps; Ctrl-C saves and exits with 130."""
     from common import load_digits
-    images, labels = (v.to(args.device) for v in load_digits(args.data, "mnistm", "train"))
-    torch.manual_seed(args.seed)
-    model, ema = build(args).to(args.device), build(args).to(args.device)
-    ema.load_state_dict(model.state_dict())
-    if args.device.type == "cuda":  # on CPUs GroupNorm is several times slower in this layout
-        model = model.to(memory_format=torch.channels_last)
-    optim = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     if Path(args.ckpt).exists() and not args.resume:
         fail(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
+    Path(args.ckpt).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{args.ckpt}.tmp").touch()  # an unwritable folder shows now, not after hours
+    Path(f"{args.ckpt}.tmp").unlink()
+    images, labels = (v.to(args.device) for v in load_digits(args.data, "mnistm", "train"))
+    args.images = [len(images), images.sum().item()]  # --resume asks for the same
+    torch.manual_seed(args.seed)
+    model, ema = build(args), build(args)
+    ema.load_state_dict(model.state_dict())
+    optim = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     step, seconds, log = resume(args, model, ema, optim) if args.resume else (0, 0.0, [])
     alpha_bar = make_alpha_bar(args.schedule, args.T).to(args.device)
-    print(f"{args.arch}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}")
+    print(f"{args.arch}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}", flush=True)
     stop = []
     handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", mininterval=1 if sys.stderr.isatty() else 60)
-    start, saved, total, count, last = time.perf_counter(), time.perf_counter(), 0.0, 0, seconds
-    while step < args.steps and not stop:
-        i = torch.randint(len(images), (args.batch_size,), device=args.device)
-        x0 = images[i].float() / 127.5 - 1
-        y = labels[i].masked_fill(torch.rand(args.batch_size, device=args.device) < args.label_dropout, NULL)
-        # warm-up, then 1/sqrt decay: like the EMA it does not depend on --steps, so a run can be prolonged (2312.02696, equation 67)
-        optim.param_groups[0]["lr"] = args.lr * min((step + 1) / 200, 1) / max(step / 5000, 1) ** 0.5
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-            loss = diffusion_loss(model, x0, y, alpha_bar, args.prediction, args.gamma)
-        optim.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optim.step()
-        step += 1
-        update_ema(ema, model, step)
-        total, count = total + loss.detach(), count + 1
-        bar.update()
-        if step % 100 == 0 or step == args.steps or stop:
-            mean, now = total.item() / count, seconds + time.perf_counter() - start
-            if not math.isfinite(mean):
-                print(f"error: loss is {mean} at step {step}; {args.ckpt} keeps the last good state; try a lower --lr", file=sys.stderr)
-                raise SystemExit(1)
-            log.append((step, round(mean, 5), round(count * args.batch_size / max(now - last, 1e-9), 1), round(now, 1)))
-            bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{log[-1][2]:.0f}")
-            total, count, last = 0.0, 0, now
-            if time.perf_counter() - saved > 120 and step < args.steps and not stop:
-                save_checkpoint(args.ckpt, args, model, ema, optim, step, now, log)
-                saved = time.perf_counter()
-    save_checkpoint(args.ckpt, args, model, ema, optim, step, seconds + time.perf_counter() - start, log)
-    for signal_number, handler in handlers.items():
-        signal.signal(signal_number, handler)
-    bar.close()
-    print(f"{args.ckpt}: step {step}, {log[-1][3] if log else 0:.0f} s of training")
+    start = saved = time.perf_counter()
+    total, count, last = 0.0, 0, seconds
+    try:
+        while step < args.steps and not stop:
+            i = torch.randint(len(images), (args.batch_size,), device=args.device)
+            x0 = images[i].float() / 127.5 - 1
+            y = labels[i].masked_fill(torch.rand(args.batch_size, device=args.device) < args.label_dropout, NULL)
+            # warm-up, then 1/sqrt decay: like the EMA it does not depend on --steps, so that a run can be prolonged (2312.02696)
+            optim.param_groups[0]["lr"] = args.lr * min((step + 1) / 200, 1) / max(step / 5000, 1) ** 0.5
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+                loss = diffusion_loss(model, x0, y, alpha_bar, args.prediction, args.gamma)
+            optim.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optim.step()
+            step += 1
+            update_ema(ema, model, step)
+            total, count = total + loss.detach() + 0 * norm, count + 1  # 0 * inf is NaN: gradients are checked with the loss
+            bar.update()
+            due = time.perf_counter() - saved > 120
+            if step % 100 == 0 or step == args.steps or stop or due:
+                mean, now = total.item() / count, seconds + time.perf_counter() - start
+                if not math.isfinite(mean):
+                    fail(f"loss is {mean} at step {step}; {args.ckpt} keeps the last good state, if any; try a lower --lr", code=1)
+                log.append((step, round(mean, 5), round(count * args.batch_size / max(now - last, 1e-9), 1), round(now, 1)))
+                bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{log[-1][2]:.0f}")
+                total, count, last = 0.0, 0, now
+                if due and (problem := save_checkpoint(args, model, ema, optim, step, now, log)):
+                    print(f"warning: {problem}; training goes on", file=sys.stderr)
+                saved = time.perf_counter() if due else saved
+        seconds += time.perf_counter() - start
+        if problem := save_checkpoint(args, model, ema, optim, step, seconds, log):
+            fail(problem)
+    finally:
+        bar.close()
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+    print(f"{args.ckpt}: step {step}, {seconds:.0f} s of training")
     if stop:
         print("stopped; go on with --resume", file=sys.stderr)
         raise SystemExit(130)
@@ -427,11 +432,14 @@ def train(args):
 
 def load_model(args):
     """The EMA network of --ckpt in eval mode and its alpha_bar; network settings are taken from the checkpoint."""
-    ckpt = load_checkpoint(args.ckpt, args.arch, args.device)
+    ckpt = load_checkpoint(args)
     vars(args).update({k: ckpt["args"][k] for k in NETWORK})
-    if args.sample_steps > args.T:
+    if args.sampler != "ddpm" and args.sample_steps > args.T:
         fail(f"--sample-steps {args.sample_steps}: expected at most the {args.T} steps that {args.ckpt} was trained with")
-    model = build(args).to(args.device).eval()
+    if args.guidance and not args.label_dropout:
+        fail(f"--guidance {args.guidance}: {args.ckpt} was trained with --label-dropout 0 and has no null class; use --guidance 0")
+    args.how = f"{args.sampler}, {args.T if args.sampler == 'ddpm' else args.sample_steps} steps"
+    model = build(args).eval()
     model.load_state_dict(ckpt["ema"])
     return model, make_alpha_bar(args.schedule, args.T)
 
@@ -480,30 +488,24 @@ def sample(args):
     pairs = [(digit, number) for digit in range(DIGITS) for number in range(1, args.num + 1)]
     others = sorted(set(os.listdir(out)) - {f"{digit}_{number:03d}.png" for digit, number in pairs})
     if others:
-        print(f"warning: {out} holds {len(others)} other entries ({', '.join(others[:3])}{', ...' if others[3:] else ''}); "
+        print(f"warning: {out} holds {len(others)} other entries ({', '.join(others[:20])}{', ...' if others[20:] else ''}); "
               "graders read every file: use an empty folder", file=sys.stderr)
     start = time.perf_counter()
     for i in tqdm(range(0, len(pairs), args.batch_size), desc="sample", unit="batch"):
         batch = pairs[i:i + args.batch_size]
         for (digit, number), image in zip(batch, generate(model, alpha_bar, batch, args)):
             write_png(out / f"{digit}_{number:03d}.png", image)
-    print(f"{len(pairs)} images in {out}: {time.perf_counter() - start:.1f} s, {describe(args)}, w = {args.guidance}")
-
-
-def describe(args):
-    """The sampler and its number of steps."""
-    return f"{args.sampler}, {args.T if args.sampler == 'ddpm' else args.sample_steps} steps"
+    print(f"{len(pairs)} images in {out}: {time.perf_counter() - start:.1f} s, {args.how}, w = {args.guidance}")
 
 
 def write_png(path, image):
-    """uint8 (3, H, W) as PNG; a file that cannot be written whole is removed."""
-    data = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(data, "PNG")
+    """uint8 (3, H, W) as PNG, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
     try:
-        path.write_bytes(data.getvalue())
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------ evaluate and plots
@@ -511,6 +513,8 @@ def write_png(path, image):
 def evaluate(args):
     """Prints accuracy and diversity of --input's PNGs, each named by its digit; --out FILE gets them as JSON."""
     from common import score_digits
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     result = score_digits(args.input, args.data, args.classifier, Path(args.ckpt).parent, args.device)
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1))
@@ -520,7 +524,7 @@ def grid(args):
     """Writes digits.png (10x10), reverse.png (six states of the first 0), guidance.png (w = 0, 0.5, 2) and training.png into --out."""
     from common import save_curves, save_grid
     model, alpha_bar = load_model(args)
-    out, trace, how = Path(args.out), [], describe(args)
+    out, trace, how = Path(args.out), [], args.how
     out.mkdir(parents=True, exist_ok=True)
     images = generate(model, alpha_bar, [(digit, number) for digit in range(DIGITS) for number in range(1, 11)], args, trace)
     save_grid(out / "digits.png", images.view(DIGITS, 10, 3, SIZE, SIZE), range(DIGITS), [f"noise {n}" for n in range(1, 11)], f"{how}, w = {args.guidance}")
@@ -528,7 +532,7 @@ def grid(args):
     times, states = zip(*[trace[i] for i in np.linspace(0, len(trace) - 1, 6).round().astype(int)])
     titles = [f"t = {t}" for t in times[:-1]] + ["result"]
     save_grid(out / "reverse.png", torch.stack(states)[None], [0], titles, f"reverse process, {how}, T = {args.T}", scale=1.5)
-    weights = (0.0, 0.5, 2.0)
+    weights = (0.0, 0.5, 2.0) if args.label_dropout else (0.0,)
     rows = [generate(model, alpha_bar, [(digit, 1) for digit in range(DIGITS)], argparse.Namespace(**{**vars(args), "guidance": w})) for w in weights]
     save_grid(out / "guidance.png", torch.stack(rows), [f"w = {w}" for w in weights], range(DIGITS), f"guidance, the same noise in each column, {how}")
     log = Path(args.ckpt).with_suffix(".log.csv")
@@ -543,7 +547,7 @@ def number(kind, low, high=math.inf):
     """argparse type: a number of `kind` in [low, high]."""
     def convert(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not (math.isfinite(value) and low <= value <= high):
             raise argparse.ArgumentTypeError(f"{text}: expected {'at least ' + str(low) if high == math.inf else f'{low} to {high}'}")
         return value
     convert.__name__ = kind.__name__
@@ -562,22 +566,22 @@ def parse_args(argv=None):
     add(p, "--input", "samples", "images that eval reads", metavar="DIR")
     add(p, "--out", None, "where sample and grid write; for eval, a JSON file", metavar="PATH", shown="samples, figures, none")
     add(p, "--ckpt", None, "checkpoint to write or read; its log.csv lies beside it", metavar="FILE", shown="checkpoints/p2_diffusion_<arch>.pt")
-    add(p, "--classifier", None, "eval: weights in the course's format", metavar="FILE", shown="digit_classifier.pth beside --ckpt, trained if missing")
-    add(p, "--seed", 0, "random seed of training and of the samples", type=number(int, 0))
+    add(p, "--classifier", None, "eval: weights in the course's format", metavar="FILE", shown="digit_classifier_<hash of --data>.pth beside --ckpt, trained if missing")
+    add(p, "--seed", 0, "random seed of training and of the samples", type=number(int, 0, 2**63 - 1))
     add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
     add(p, "--precision", "auto", "bf16 autocast or float32; auto: bf16 where the hardware has it", choices=("auto", "bf16", "float32"))
     g = p.add_argument_group("training")
-    add(g, "--steps", 45000, "total number of steps, with --resume those of the runs before included", type=number(int, 1))
+    add(g, "--steps", None, "total number of steps, with --resume those of the runs before included", type=number(int, 1), shown="24000; --fast 1200")
     g.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes: 1200 steps of 32 images")
     g.add_argument("--resume", action="store_true", help="go on from --ckpt exactly")
-    add(g, "--batch-size", None, "images per step", type=number(int, 1), shown="64 to train, 100 to sample")
+    add(g, "--batch-size", None, "images per step", type=number(int, 1), shown="64 to train (--fast 32), 100 to sample")
     add(g, "--lr", 1e-3, "peak learning rate of AdamW", type=number(float, 0))
     add(g, "--label-dropout", 0.1, "share of labels replaced by the null class", type=number(float, 0, 1))
     add(g, "--gamma", 5.0, "min-SNR weighting; 0 switches it off", type=number(float, 0))
     add(g, "--prediction", "v", "what the network predicts", choices=("v", "eps"))
     add(g, "--schedule", "cosine", "noise schedule", choices=("cosine", "linear"))
     add(g, "--T", 400, "number of diffusion steps", type=number(int, 2))
-    g = p.add_argument_group("network")
+    g = p.add_argument_group("network (sample and grid take it from the checkpoint)")
     add(g, "--arch", "unet", "unet, or the ContextUnet of the 2023 report", choices=("unet", "context"))
     add(g, "--channels", [64, 128], "unet: width at each resolution, multiples of 32", type=number(int, 32), nargs="+", metavar="C")
     add(g, "--blocks", 1, "unet: residual blocks per resolution", type=number(int, 1))
@@ -597,14 +601,17 @@ def parse_args(argv=None):
         fail(f"--channels {args.channels} with --patch {args.patch}: expected multiples of 32, and that {SIZE // args.patch} can be halved {len(args.channels) - 1} times")
     if args.width % 8:
         fail(f"--width {args.width}: expected a multiple of 8")
-    if args.fast:
-        args.steps, args.batch_size = 1200, 32
-    args.batch_size = args.batch_size or (64 if args.mode == "train" else 100)
+    if args.guidance_interval[0] > args.guidance_interval[1]:
+        fail(f"--guidance-interval {args.guidance_interval}: expected LO <= HI")
+    args.steps = args.steps or (1200 if args.fast else 24000)
+    args.batch_size = args.batch_size or (100 if args.mode != "train" else 32 if args.fast else 64)
     args.ckpt = args.ckpt or f"checkpoints/p2_diffusion_{args.arch}.pt"
     args.out = args.out or {"sample": "samples", "grid": "figures"}.get(args.mode)
     try:
         args.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
         torch.empty(1, device=args.device)
+        if args.device.type not in ("cpu", "cuda"):
+            raise RuntimeError("expected cpu or cuda")
     except (RuntimeError, AssertionError) as e:
         fail(f"--device {args.device}: not available here ({str(e).splitlines()[0]}); use --device cpu")
     args.bf16 = bf16_available(args.device) if args.precision == "auto" else args.precision == "bf16"
@@ -617,6 +624,10 @@ def main(argv=None):
         {"train": train, "sample": sample, "eval": evaluate, "grid": grid}[args.mode](args)
     except OSError as e:  # a full disk, a folder without permission, a file in a folder's place
         fail(f"{e.filename or args.out}: {e.strerror or e}")
+    except ModuleNotFoundError as e:
+        fail(f"--mode {args.mode} needs {e.name}; {'copy common.py too' if e.name == 'common' else 'pip install -r requirements.txt'}")
+    except torch.OutOfMemoryError:
+        fail(f"out of memory on {args.device}; lower --batch-size", code=1)
     except KeyboardInterrupt:
         raise SystemExit(130)
 

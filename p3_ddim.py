@@ -12,6 +12,7 @@ Network and sampler agree with values of the course's original network (tests/te
 """
 import argparse
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -100,6 +101,7 @@ def init(layer, scale=1.0):
 
 
 def conv3x3(c_in, c_out, stride=1, scale=1.0):
+    """3x3 convolution that keeps height and width, or halves them at stride 2."""
     return init(nn.Conv2d(c_in, c_out, 3, stride, padding=1), scale)
 
 
@@ -233,7 +235,7 @@ def load_noises(folder, device, count=None):
 
 @torch.inference_mode()
 def generate(model, noises, args, eta=0.0):
-    """Noises (N, 3, H, W) -> images uint8 (N, 3, H, W). The noise of eta > 0 depends on --seed and the image's place alone."""
+    """Noises (N, 3, H, W) -> images uint8 (N, 3, H, W). What eta > 0 adds depends on --seed and the image's place in the folder alone."""
     out, calls, start = [], 0, time.perf_counter()
     total = math.ceil(len(noises) / args.batch_size) * len(range(1, T, T // args.steps))
     for i in range(0, len(noises), args.batch_size):
@@ -261,8 +263,18 @@ def sample(args):
     model, out = load_model(args), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for name, image in zip(names, generate(model, noises, args)):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{name}.png")
+        write_png(out / f"{name}.png", image)
     print(f"{len(names)} images in {out}")
+
+
+def write_png(path, image):
+    """uint8 (3, H, W) as PNG, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_noise(args):
@@ -323,7 +335,7 @@ def number(kind, low, high=math.inf):
     """argparse type: a number of `kind` in [low, high]."""
     def convert(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not (math.isfinite(value) and low <= value <= high):
             raise argparse.ArgumentTypeError(f"{text}: expected {'at least ' + str(low) if high == math.inf else f'{low} to {high}'}")
         return value
     convert.__name__ = kind.__name__
@@ -347,7 +359,7 @@ def parse_args(argv=None):
     add("--eta", [0.0, 0.25, 0.5, 0.75, 1.0], "eta-grid: rows", type=number(float, 0, 1), nargs="+")
     add("--size", 256, "noise: height and width, a multiple of 32", type=number(int, 32))
     add("--batch-size", 5, "images at a time; bounds the memory", type=number(int, 1))
-    add("--seed", 0, "of --mode noise and of eta > 0", type=number(int, 0))
+    add("--seed", 0, "of --mode noise and of eta > 0", type=number(int, 0, 2**40))
     add("--device", "auto", "auto, cpu, cuda or cuda:N")
     args = p.parse_args(argv)
     if args.size % 32:
@@ -356,6 +368,8 @@ def parse_args(argv=None):
     try:
         args.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
         torch.empty(1, device=args.device)
+        if args.device.type not in ("cpu", "cuda"):
+            raise RuntimeError("expected cpu or cuda")
     except (RuntimeError, AssertionError) as e:
         fail(f"--device {args.device}: not available here ({str(e).splitlines()[0]}); use --device cpu")
     return args
@@ -367,6 +381,10 @@ def main(argv=None):
         {"sample": sample, "mse": mse, "eta-grid": eta_grid, "interpolate": interpolate, "noise": write_noise}[args.mode](args)
     except OSError as e:  # a full disk, a folder without permission, a file in a folder's place
         fail(f"{e.filename or args.out}: {e.strerror or e}")
+    except ModuleNotFoundError as e:
+        fail(f"--mode {args.mode} needs {e.name}; {'copy common.py too' if e.name == 'common' else 'pip install -r requirements.txt'}")
+    except torch.OutOfMemoryError:
+        fail(f"out of memory on {args.device}; lower --batch-size")
     except KeyboardInterrupt:
         raise SystemExit(130)
 

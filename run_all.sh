@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything in one command: train (unless a finished checkpoint is there), sample 1000 digits, score them, draw the figures.
+# Everything in one command: train (or go on, if a checkpoint is there), sample 1000 digits, score them, draw the figures.
 #
 #   bash run_all.sh            built-in digits, a few minutes, results in results/
 #   bash run_all.sh IN OUT     the course's data in IN, results in OUT; after an interruption, the same call goes on where it stopped
@@ -8,7 +8,7 @@ if [ $# -ne 0 ] && [ $# -ne 2 ]; then
   echo "usage: bash run_all.sh [IN OUT]" >&2
   exit 2
 fi
-here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 out=${2:-results}
 if [ $# -eq 2 ]; then data=(--data "$1"); train=(); else data=(); train=(--fast); fi
 p2() { python3 "$here/p2_diffusion.py" --ckpt "$out/p2_diffusion.pt" "$@"; }

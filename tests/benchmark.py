@@ -40,9 +40,7 @@ def p2(options):
     alpha_bar = p2.make_alpha_bar("cosine", 400).to(device)
 
     def training(bf16):
-        model = p2.build(args).to(device)
-        if device.type == "cuda":
-            model = model.to(memory_format=torch.channels_last)
+        model, ema = p2.build(args), p2.build(args)
         optim = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
 
         def steps():
@@ -51,7 +49,9 @@ def p2(options):
                     loss = p2.diffusion_loss(model, images[64 * i:64 * i + 64].float() / 127.5 - 1, labels[64 * i:64 * i + 64], alpha_bar, "v", 5.0)
                 optim.zero_grad()
                 loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optim.step()
+                p2.update_ema(ema, model, 1000)
         return steps
 
     seconds = in_turn({"float32": training(False), **({"bf16": training(True)} if p2.bf16_available(device) else {})}, rounds=5)
@@ -62,11 +62,13 @@ def p2(options):
     if options.ckpt:
         model, alpha_bar = p2.load_model(args)
     else:
-        model, alpha_bar = p2.build(args).to(device).eval(), p2.make_alpha_bar("cosine", 400)
-    net = common.load_classifier(Path(options.ckpt).parent / "digit_classifier.pth", device)[0] if options.ckpt else None
+        model, alpha_bar = p2.build(args).eval(), p2.make_alpha_bar("cosine", 400)
+    path = max(Path(options.ckpt).parent.glob("digit_classifier_*.pth"), default=None) if options.ckpt else None
+    net = common.load_classifier(path, device)[0] if path else None
     real = common.diversity(images, labels)
     T = len(alpha_bar)
-    print(f"\n| sampler | steps | images | seconds | images/s | accuracy | diversity |\n|---|---|---|---|---|---|---|   w = {args.guidance}, {args.guidance_interval}")
+    print(f"\nguidance {args.guidance} for t / T in {args.guidance_interval}, classifier {path}")
+    print("\n| sampler | steps | images | seconds | seconds per 1000 | accuracy | diversity |\n|---|---|---|---|---|---|---|")
     for args.sampler, args.sample_steps, num in (("dpm++", 10, options.num), ("dpm++", 20, options.num), ("ddim", 50, options.num), ("ddpm", T, max(options.num // 5, 1))):
         pairs = [(d, n) for d in range(10) for n in range(1, num + 1)]
         p2.generate(model, alpha_bar[:20], pairs[:args.batch_size], args)  # warm-up
@@ -79,13 +81,13 @@ def p2(options):
             made = made.to(device)
             accuracy = (common.classify(net, made) == digits).float().mean().item()
             score = f"| {100 * accuracy:.1f} % | {(common.diversity(made, digits) / real).mean().item():.3f} |"
-        print(f"| {args.sampler} | {args.sample_steps} | {len(pairs)} | {s:.1f} | {len(pairs) / s:.1f} {score}", flush=True)
+        print(f"| {args.sampler} | {args.sample_steps} | {len(pairs)} | {s:.1f} | {1000 * s / len(pairs):.1f} {score}", flush=True)
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["p2"])
-    p.add_argument("--ckpt", help="trained checkpoint with digit_classifier.pth beside it (default: an untrained network, no accuracy)")
+    p.add_argument("--ckpt", help="trained checkpoint with the classifier of --mode eval beside it (default: an untrained network, no accuracy)")
     p.add_argument("--data", help="as in the scripts (default: built-in data)")
     p.add_argument("--num", type=int, default=100, help="images per digit; DDPM makes a fifth of them (default: 100)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")

@@ -17,12 +17,12 @@ def private_cache(tmp_path_factory):
 
 @pytest.fixture
 def error(capsys):
-    """error(call, *arguments): the call must exit with code 2 and exactly one line on standard error, which is returned."""
+    """error(call, *arguments): the call must exit with code 2 and a single line on standard error, which is returned."""
     def check(call, *arguments):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             call(*arguments)
-        lines = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error: ")]
-        assert stop.value.code == 2 and len(lines) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
         return lines[0]
     return check

@@ -119,8 +119,11 @@ def test_bad_folders(course, tmp_path, error):
         common.load_digits(root, "mnistm", "train")
 
     assert "no such folder" in error(common.load_digits, tmp_path / "none", "mnistm", "train")
-    message = error(common.load_digits, root, "svhn", "val")
-    assert all(part in message for part in ("digits/svhn/val.csv", "digits/svhn/test.csv", "test_32x32.mat"))
+    for domain, file in (("svhn", "test_32x32.mat"), ("usps", "usps.t.bz2")):
+        message = error(common.load_digits, root, domain, "val")
+        assert all(part in message for part in (f"digits/{domain}/val.csv", f"digits/{domain}/test.csv", file))
+    (root / "usps.bz2").write_bytes(b"damaged")
+    assert "usps files of the torchvision layout are damaged" in error(common.load_digits, root, "usps", "train")
     write_csv(base / "train.csv", rows, ("image_name", "digit"))
     assert "no column label" in error(load)
     write_csv(base / "train.csv", [])
@@ -153,6 +156,9 @@ def test_torchvision_root(tmp_path):
         write_idx(tmp_path / "MNIST" / "raw", part, rng.integers(0, 2, (n, 28, 28), dtype=np.uint8) * 255, np.arange(n))
     (tmp_path / "BSDS500").mkdir()
     Image.new("RGB", (40, 30), (200, 100, 50)).save(tmp_path / "BSDS500" / "1.jpg", quality=100)
+    Image.new("RGB", (20, 90)).save(tmp_path / "BSDS500" / "too_narrow.jpg")
+    (tmp_path / "celeba").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "celeba" / "face.jpg")  # not a background
     images, labels = common.load_digits(tmp_path, "mnistm", "val")
     assert images.shape == (4, 3, 28, 28) and labels.tolist() == [0, 1, 2, 3]
     assert set(images[:, 0].flatten().tolist()) <= {199, 200, 201, 54, 55, 56}  # |200 - 0| and |200 - 255|
@@ -221,10 +227,10 @@ def test_score_digits(tmp_path, error):
     save_digits(tmp_path / "real", images, labels.tolist())
     save_digits(tmp_path / "shifted", images[:200], ((labels[:200] + 1) % 10).tolist())
     real = common.score_digits(tmp_path / "real", None, None, tmp_path, cpu)
-    own = torch.load(tmp_path / "digit_classifier.pth", weights_only=True)["accuracy"]
+    (classifier,) = tmp_path.glob("digit_classifier_*.pth")
+    own = torch.load(classifier, weights_only=True)["accuracy"]
     assert own > 0.8 and abs(real["accuracy"] - own) < 0.08 and real["n"] == 600
     assert 0.9 < real["diversity"] < 1.1
-    classifier = tmp_path / "digit_classifier.pth"
     assert common.score_digits(tmp_path / "shifted", None, classifier, tmp_path, cpu)["accuracy"] < 0.2
 
     same = images[:1].expand(20, -1, -1, -1)

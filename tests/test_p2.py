@@ -1,4 +1,5 @@
 """p2_diffusion.py: sampler mathematics, exact resume, independence of the batch, the grader's rules, one-file use, bad input."""
+import json
 import math
 import os
 import re
@@ -88,9 +89,9 @@ def test_order_of_convergence_on_a_gaussian(sampler, order):
         assert math.log2(big / small) == pytest.approx(order, abs=0.4)
 
 
-def test_ddim_is_deterministic_at_eta_0_and_uses_its_noise_above():
+def test_ddim_draws_no_noise_at_eta_0_and_uses_it_above():
     alpha_bar, x = p2.make_alpha_bar("cosine", 20), torch.randn(2, 3, 28, 28)
-    assert torch.equal(*(p2.ddim(lambda x, t: torch.tanh(x), x, alpha_bar, 5) for _ in range(2)))
+    p2.ddim(lambda x, t: torch.tanh(x), x, alpha_bar, 5, 0.0, lambda: pytest.fail("drew noise"))
     one, other = (p2.ddim(lambda x, t: torch.tanh(x), x, alpha_bar, 5, 0.5, lambda: v * torch.ones_like(x)) for v in (0.5, -0.5))
     assert not torch.allclose(one, other)
 
@@ -132,6 +133,11 @@ def test_prediction_targets_are_recovered():
         assert p2.diffusion_loss(oracle, x0, y, alpha_bar, prediction, 5.0) < 1e-8
         x, t = inputs[0]
         assert len(set(t.tolist())) == 6  # stratified
+        off_by_one = p2.diffusion_loss(lambda *inputs: oracle(*inputs) + 1, x0, y, alpha_bar, prediction, 5.0)
+        snr = (alpha_bar / (1 - alpha_bar))[(inputs[-1][1] * 20).round().long()]
+        weight = snr.clamp(max=5) / (snr if prediction == "eps" else snr + 1)  # min-SNR, arXiv 2303.09556
+        assert off_by_one.item() == pytest.approx(weight.mean().item(), rel=1e-4)
+        assert p2.diffusion_loss(lambda *inputs: oracle(*inputs) + 1, x0, y, alpha_bar, prediction, 0.0).item() == pytest.approx(1, rel=1e-4)
         assert torch.allclose(p2.denoiser(oracle, y, alpha_bar, prediction, 0.0)(0.5 * x0 + 0.1, 8), x0, atol=1e-4)
 
 
@@ -153,13 +159,11 @@ def test_unet_shapes_and_null_class(options):
     assert not torch.allclose(net(x, torch.tensor([0.9, 0.9]), torch.tensor([3, 3])), outs[0])
 
 
-def test_context_unet_ignores_the_null_label():
-    net = p2.ContextUnet(16).eval()
-    x, t = torch.randn(2, 3, 28, 28), torch.tensor([0.5, 0.5])
-    with torch.no_grad():
-        for layer in (net.context1, net.context2):  # a zero vector only meets the biases
-            layer[0].weight.zero_()
-        assert torch.allclose(net(x, t, torch.tensor([1, 2])), net(x, t, torch.tensor([p2.NULL] * 2)), atol=1e-6)
+def test_context_unet_null_label_is_the_zero_vector():
+    net, seen = p2.ContextUnet(16).eval(), []
+    net.context1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].tolist()))
+    net(torch.randn(2, 3, 28, 28), torch.tensor([0.5, 0.5]), torch.tensor([3, p2.NULL]))
+    assert seen == [[[0, 0, 0, 1, 0, 0, 0, 0, 0, 0], [0] * 10]]
 
 
 def test_ema_averages_parameters_and_copies_buffers():
@@ -220,7 +224,8 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(ckpt, tmp_path, capsys):
 
 
 def start(*arguments, **options):
-    return subprocess.Popen([sys.executable, str(ROOT / "p2_diffusion.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    return subprocess.Popen([sys.executable, str(ROOT / "p2_diffusion.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options)
 
 
 def test_ctrl_c_saves_and_exits_130(tmp_path):
@@ -250,10 +255,15 @@ def test_full_disk(ckpt, tmp_path):
     process = start("--mode", "train", "--resume", "--steps", "7", "--ckpt", str(path), *TINY, preexec_fn=limit(100_000))
     _, err = process.communicate()
     assert process.returncode == 2 and "cannot be written" in err and "Traceback" not in err
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["old.pt"]
+    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["old.log.csv", "old.pt"]
     process = start("--mode", "sample", "--ckpt", str(path), "--out", str(tmp_path / "s"), "--num", "1", "--sample-steps", "1", "--device", "cpu", preexec_fn=limit(500))
     _, err = process.communicate()
     assert process.returncode == 2 and "Traceback" not in err and os.listdir(tmp_path / "s") == []
+    Image.new("RGB", (28, 28)).save(tmp_path / "s" / "0_001.png")
+    before = (tmp_path / "s" / "0_001.png").read_bytes()
+    process = start("--mode", "sample", "--ckpt", str(path), "--out", str(tmp_path / "s"), "--num", "1", "--sample-steps", "1", "--device", "cpu", preexec_fn=limit(500))
+    process.communicate()
+    assert process.returncode == 2 and (tmp_path / "s" / "0_001.png").read_bytes() == before
 
 
 # ------------------------------------------------------------------ sampling
@@ -266,7 +276,8 @@ def test_images_do_not_depend_on_batch_size_or_number(ckpt, tmp_path, sampler):
         for image, pixels in sample(ckpt, tmp_path / name, "--precision", "float32", *sampler, *options).items():
             if image in reference:
                 assert (pixels - reference[image]).abs().max() <= 1  # float32 sums may be ordered by the batch size
-    assert (sample(ckpt, tmp_path / "e", "--seed", "1", *sampler)["0_001.png"] - reference["0_001.png"]).abs().max() > 1
+    other = sample(ckpt, tmp_path / "e", "--seed", "1", "--precision", "float32", *sampler)
+    assert (other["0_001.png"] - reference["0_001.png"]).abs().max() > 1
     noise = [p2.image_noise(pairs, 5, "cpu")() for pairs in ([(3, 1)], [(0, 1), (3, 1)])]
     assert torch.equal(noise[0][0], noise[1][1]) and not torch.equal(noise[1][0], noise[1][1])
 
@@ -312,17 +323,18 @@ def test_grid_and_eval(ckpt, tmp_path, capsys):
     p2.main(["--mode", "eval", "--input", str(tmp_path / "digits"), "--ckpt", str(tmp_path / "model.pt"), "--out", str(tmp_path / "score.json")])
     printed = capsys.readouterr().out
     assert re.search(r"acc = [\d.]+ \(correct/total = \d+/20\)", printed) and "% on the val part of built-in data" in printed
-    assert (tmp_path / "digit_classifier.pth").is_file() and '"n": 20' in (tmp_path / "score.json").read_text()
+    assert list(tmp_path.glob("digit_classifier_*.pth")) and json.loads((tmp_path / "score.json").read_text())["n"] == 20
 
 
 # ------------------------------------------------------------------ command line and bad input
 
-def test_readme_commands_parse():
-    """Every p2 command of the README is accepted, and the four reports' networks can be built."""
-    commands = re.findall(r"^python3? p2_diffusion.py (--mode .*?)(?:  +#.*)?$", (ROOT / "README.md").read_text(), re.M)
-    assert len(commands) >= 8
+def test_readme():
+    """Every p2 command is accepted, the four reports' networks have the sizes that it states, and no figure is left out."""
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^python3? p2_diffusion.py (--mode .*?)(?:  +#.*)?$", text, re.M)
     sizes = [count(p2.build(p2.parse_args(command.split()))) for command in commands if "--T " in command]
-    assert len(sizes) == 4 and 18_743_187 in sizes
+    assert len(commands) >= 8 and len(sizes) == 4 and all(f"{size:,}" in text for size in sizes)
+    assert not re.search("@[A-Z]+@", text + p2.__doc__)
 
 
 def test_help(capsys):
@@ -335,7 +347,7 @@ def test_help(capsys):
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--lr", "-1"], ["--guidance", "x"], ["--mode", "fly"], ["--channels", "33"], ["--channels", "32", "32", "32", "32"],
-                                       ["--guidance-interval", "0.2"], ["--num", "0"], ["--sample-steps", "0"], ["--T", "1"], ["--width", "9"], ["--stepz", "5"]])
+                                       ["--guidance-interval", "0.2"], ["--guidance-interval", "0.8", "0.2"], ["--lr", "inf"], ["--device", "mps"], ["--num", "0"], ["--sample-steps", "0"], ["--T", "1"], ["--width", "9"], ["--stepz", "5"]])
 def test_wrong_options(arguments, error):
     assert arguments[0] in error(p2.main, arguments)
 
@@ -346,8 +358,11 @@ def test_no_cuda(error):
 
 
 class Hostile:
+    def __init__(self, path):
+        self.path = str(path)
+
     def __reduce__(self):
-        return os.mkdir, ("/tmp/p2-hostile-pickle-was-executed",)
+        return os.mkdir, (self.path,)
 
 
 def test_bad_checkpoints(ckpt, tmp_path, error):
@@ -362,9 +377,14 @@ def test_bad_checkpoints(ckpt, tmp_path, error):
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     assert "found Tensor" in message(tmp_path / "tensor.pt")
     assert "holds --arch unet" in message(ckpt, "--arch", "context")
-    torch.save(Hostile(), tmp_path / "hostile.pt")
+    torch.save({**torch.load(ckpt, weights_only=True), "args": {}}, tmp_path / "old.pt")
+    assert "not a checkpoint of this" in message(tmp_path / "old.pt")
+    torch.save(Hostile(tmp_path / "executed"), tmp_path / "hostile.pt")
     assert "not a readable checkpoint" in message(tmp_path / "hostile.pt")
-    assert not os.path.exists("/tmp/p2-hostile-pickle-was-executed")
+    assert not (tmp_path / "executed").exists()
+    unconditional = tmp_path / "unconditional.pt"
+    p2.main(["--mode", "train", "--steps", "1", "--label-dropout", "0", "--ckpt", str(unconditional), *TINY])
+    assert "use --guidance 0" in message(unconditional)
     assert "at most the 20 steps" in message(ckpt, "--sample-steps", "21")
     assert not (tmp_path / "out").exists()
 
