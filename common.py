@@ -362,6 +362,7 @@ def save_grid(path, images, rows, columns, title, scale=1.0):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    images = F.pad(images, (1, 1, 1, 1), value=255)  # a white gap between the images
     r, c, _, h, w = images.shape
     fig, ax = plt.subplots(figsize=(0.6 * scale * c + 1.0, 0.6 * scale * r + 0.9), dpi=150)
     ax.imshow(images.permute(0, 3, 1, 4, 2).reshape(r * h, c * w, 3).numpy(), interpolation="nearest")
@@ -370,8 +371,7 @@ def save_grid(path, images, rows, columns, title, scale=1.0):
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
     ax.spines[:].set_visible(False)
     ax.set_title(title, fontsize=9)
-    fig.tight_layout()
-    fig.savefig(path)
+    fig.savefig(path, bbox_inches="tight")
     plt.close(fig)
 
 
@@ -384,7 +384,7 @@ def save_curves(path, csv_path, columns, title):
     fig, ax = plt.subplots(figsize=(6, 3.2), dpi=150)
     for column in columns:
         ax.plot(log["step"], log[column], label=column)
-    ax.set(xlabel="step", title=title)
+    ax.set(xlabel="step", title=title, yscale="log")
     ax.legend()
     fig.tight_layout()
     fig.savefig(path)

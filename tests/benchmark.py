@@ -69,7 +69,7 @@ def p2(options):
     T = len(alpha_bar)
     print(f"\nguidance {args.guidance} for t / T in {args.guidance_interval}, classifier {path}")
     print("\n| sampler | steps | images | seconds | seconds per 1000 | accuracy | diversity |\n|---|---|---|---|---|---|---|")
-    for args.sampler, args.sample_steps, num in (("dpm++", 10, options.num), ("dpm++", 20, options.num), ("ddim", 50, options.num), ("ddpm", T, max(options.num // 5, 1))):
+    for args.sampler, args.sample_steps, num in (("dpm++", 10, options.num), ("dpm++", 15, options.num), ("dpm++", 20, options.num), ("ddim", 50, options.num), ("ddpm", T, max(options.num // 5, 1))):
         pairs = [(d, n) for d in range(10) for n in range(1, num + 1)]
         p2.generate(model, alpha_bar[:20], pairs[:args.batch_size], args)  # warm-up
         start = time.perf_counter()
