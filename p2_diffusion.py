@@ -3,7 +3,7 @@
 Papers: DDPM (arXiv 2006.11239), classifier-free guidance (2207.12598), DDIM (2010.02502), DPM-Solver++ (2211.01095),
 v-prediction (2202.00512), min-SNR weights (2303.09556), guidance interval (2404.07724), EMA profile and learning rate (2312.02696).
 
-  python p2_diffusion.py --mode train --fast                          # built-in digits, 3 minutes on 2 CPU cores
+  python p2_diffusion.py --mode train --fast                          # built-in digits, 3.5 minutes on 2 CPU cores
   python p2_diffusion.py --mode train --data hw2_data                 # the course's MNIST-M
   python p2_diffusion.py --mode sample --out digits                   # 0_001.png ... 9_100.png, as the grader reads them
   python p2_diffusion.py --mode eval --input digits --data hw2_data   # digit accuracy and diversity
@@ -572,8 +572,8 @@ def parse_args(argv=None):
     add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
     add(p, "--precision", "auto", "bf16 autocast or float32; auto: bf16 where the hardware has it", choices=("auto", "bf16", "float32"))
     g = p.add_argument_group("training")
-    add(g, "--steps", None, "total number of steps, with --resume those of the runs before included", type=number(int, 1), shown="24000; --fast 1200")
-    g.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes: 1200 steps of 32 images")
+    add(g, "--steps", None, "total number of steps, with --resume those of the runs before included", type=number(int, 1), shown="24000; --fast 1600")
+    g.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes: 1600 steps of 32 images")
     g.add_argument("--resume", action="store_true", help="go on from --ckpt exactly")
     add(g, "--batch-size", None, "images per step", type=number(int, 1), shown="64 to train (--fast 32), 100 to sample")
     add(g, "--lr", 1e-3, "peak learning rate of AdamW", type=number(float, 0))
@@ -604,7 +604,7 @@ def parse_args(argv=None):
         fail(f"--width {args.width}: expected a multiple of 8")
     if args.guidance_interval[0] > args.guidance_interval[1]:
         fail(f"--guidance-interval {args.guidance_interval}: expected LO <= HI")
-    args.steps = args.steps or (1200 if args.fast else 24000)
+    args.steps = args.steps or (1600 if args.fast else 24000)
     args.batch_size = args.batch_size or (100 if args.mode != "train" else 32 if args.fast else 64)
     args.ckpt = args.ckpt or f"checkpoints/p2_diffusion_{args.arch}.pt"
     args.out = args.out or {"sample": "samples", "grid": "figures"}.get(args.mode)
