@@ -196,7 +196,7 @@ def to_uint8(x):
 def load_model(args):
     """UNet in eval mode with the state dict of --ckpt, the course's UNet.pt."""
     if not Path(args.ckpt).is_file():
-        fail(f"--ckpt {args.ckpt}: no such file; the course's UNet.pt is a state dict of {len(UNet().state_dict())} entries")
+        fail(f"--ckpt {args.ckpt}: no such file; expected the course's UNet.pt")
     try:
         state = torch.load(args.ckpt, map_location=args.device, weights_only=True)
     except Exception as e:  # torch.load raises many types for damaged or hostile files
@@ -224,10 +224,9 @@ def load_noises(folder, device, count=None):
         except Exception as e:
             fail(f"{path}: not a readable tensor ({type(e).__name__})")
         found = f"{tuple(noise.shape)} {noise.dtype}" if isinstance(noise, torch.Tensor) else type(noise).__name__
-        if found.endswith("float32") and noise.ndim == 4 and noise.shape[:2] == (1, 3) and not any(s % 32 for s in noise.shape[2:]):
-            noises.append(noise)
-        else:
+        if not (found.endswith("float32") and noise.ndim == 4 and noise.shape[:2] == (1, 3)) or any(s % 32 for s in noise.shape[2:]):
             fail(f"{path}: found {found}, expected (1, 3, H, W) torch.float32 with H and W multiples of 32")
+        noises.append(noise)
         if noise.shape != noises[0].shape:
             fail(f"{path}: found {found}, expected {tuple(noises[0].shape)} as in {paths[0]}")
     return [p.stem for p in paths], torch.cat(noises)
@@ -236,7 +235,7 @@ def load_noises(folder, device, count=None):
 @torch.inference_mode()
 def generate(model, noises, args, eta=0.0):
     """Noises (N, 3, H, W) -> images uint8 (N, 3, H, W). What eta > 0 adds depends on --seed and the image's place in the folder alone."""
-    out, calls, start = [], 0, time.perf_counter()
+    out, calls, start, alpha_bar = [], 0, time.perf_counter(), make_alpha_bar()
     total = math.ceil(len(noises) / args.batch_size) * len(range(1, T, T // args.steps))
     for i in range(0, len(noises), args.batch_size):
         x = noises[i:i + args.batch_size]
@@ -253,7 +252,7 @@ def generate(model, noises, args, eta=0.0):
                 print(f"about {(time.perf_counter() - start) / 2 * total:.0f} s for {len(noises)} images in {args.steps} steps on {x.device}", flush=True)
             return eps
 
-        out.append(to_uint8(ddim(eps_model, x, make_alpha_bar(), args.steps, eta, noise)))
+        out.append(to_uint8(ddim(eps_model, x, alpha_bar, args.steps, eta, noise)))
     return torch.cat(out)
 
 
