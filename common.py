@@ -389,3 +389,18 @@ def save_curves(path, csv_path, columns, title):
     fig.tight_layout()
     fig.savefig(path)
     plt.close(fig)
+
+
+def save_scatter(path, points, groups, names, title):
+    """Scatter plot as PNG: points (N, 2), groups (N,) indices into `names`, one colour each."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(6, 5.4), dpi=150)
+    for group, name in enumerate(names):
+        ax.scatter(*points[groups == group].T, s=5, alpha=0.7, linewidths=0, color=plt.get_cmap("tab10")(group), label=name)
+    ax.set(xticks=[], yticks=[], title=title)
+    ax.title.set_size(9)
+    ax.legend(markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    fig.savefig(path, bbox_inches="tight")
+    plt.close(fig)

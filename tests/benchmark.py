@@ -2,14 +2,17 @@
 
   python tests/benchmark.py p2                                              # training and sampling speed
   python tests/benchmark.py p2 --ckpt FILE --data DIR --num 100             # with the accuracy of each sampler
+  python tests/benchmark.py p4 --data DIR                                   # training speed, beside the usual float32 loop over PNG files
 """
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -84,12 +87,90 @@ def p2(options):
         print(f"| {args.sampler} | {args.sample_steps} | {len(pairs)} | {s:.1f} | {1000 * s / len(pairs):.1f} {score}", flush=True)
 
 
+class PngDigits(torch.utils.data.Dataset):
+    """Digits from PNG files, decoded, turned into tensors and augmented one by one, as course solutions do it."""
+
+    def __init__(self, folder, images, labels):
+        from torchvision import transforms
+        self.folder, self.labels = folder, labels
+        for i, image in enumerate(images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+        self.transform = transforms.Compose([transforms.RandomAffine(14, (0.07, 0.07), (0.7, 1.4), 14), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.transform(Image.open(self.folder / f"{i}.png").convert("RGB")), self.labels[i]
+
+
+def p4(options):
+    import common
+    import p4_dann as p4
+    device = p4.parse_args(["--device", options.device]).device
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} threads'}")
+    images, labels = common.load_digits(options.data, "mnistm", "train")
+    target, _ = common.load_digits(options.data, "usps", "train")
+    batch = 64
+
+    def plain(folder, workers):
+        sets = []
+        for name, (x, y) in (("source", (images, labels)), ("target", (target, torch.zeros(len(target))))):
+            (folder / name).mkdir()
+            sets.append(PngDigits(folder / name, x[:batch * 10], y[:batch * 10]))
+        loaders = [torch.utils.data.DataLoader(s, batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0) for s in sets]
+        model = p4.Net("deep").to(device)
+        optim = torch.optim.Adam(model.parameters(), 1e-3)
+
+        def steps():
+            for (x, y), (u, _) in zip(*loaders):
+                features = model.embed(x.to(device))
+                loss = torch.nn.functional.cross_entropy(model.label(features), y.to(device)) + p4.domain_loss(model, features, model.embed(u.to(device)), 0.5)
+                optim.zero_grad()
+                loss.backward()
+                optim.step()
+                loss.item()
+        return steps
+
+    def ours(method, bf16):
+        args = p4.parse_args(["--method", method, "--target", "usps", "--device", options.device, "--precision", "bf16" if bf16 else "float32"])
+        model, ema = p4.build(args), p4.build(args)
+        p4.teaching(ema)
+        optim = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+        x, y, u = images.to(device), labels.to(device), target.to(device)
+
+        def steps():
+            for i in range(10):
+                part = slice(batch * i, batch * (i + 1))
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    loss = sum(p4.losses(args, model, ema, x[part].float() / 127.5 - 1, y[part], u[part].float() / 127.5 - 1, 0.5)[:2])
+                optim.zero_grad()
+                loss.backward()
+                optim.step()
+                p4.update_ema(ema, model, 1000, buffers=False)
+        return steps
+
+    with tempfile.TemporaryDirectory() as folder:
+        calls = {}
+        for workers in (0, 2):
+            (Path(folder) / str(workers)).mkdir()
+            calls[f"plain DANN loop, float32, PNG files, DataLoader with {workers} workers"] = plain(Path(folder) / str(workers), workers)
+        calls["dann, float32"] = ours("dann", False)
+        if p4.bf16_available(device):
+            calls |= {"dann, bf16": ours("dann", True), "mean-teacher, bf16": ours("mean-teacher", True)}
+        seconds = in_turn(calls, rounds=5)
+    first = next(iter(seconds.values()))
+    print("\n| training, 64 + 64 images a step | source images/s | against the first row |\n|---|---|---|")
+    for name, s in seconds.items():
+        print(f"| {name} | {10 * batch / s:.0f} | {first / s:.2f}x |")
+
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["p2"])
+    p.add_argument("what", choices=["p2", "p4"])
     p.add_argument("--ckpt", help="trained checkpoint with the classifier of --mode eval beside it (default: an untrained network, no accuracy)")
     p.add_argument("--data", help="as in the scripts (default: built-in data)")
     p.add_argument("--num", type=int, default=100, help="images per digit; DDPM makes a fifth of them (default: 100)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     options = p.parse_args()
-    {"p2": p2}[options.what](options)
+    {"p2": p2, "p4": p4}[options.what](options)
