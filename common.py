@@ -42,8 +42,13 @@ def read_image(path, size=None):
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 fail(f"{path}: {image.width}x{image.height} pixels, expected at most {MAX_PIXELS} in all")
+            if image.mode.startswith("I"):  # 16 bits
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except Exception as e:  # PIL's readers raise many types
         fail(f"{path}: cannot be read as an image ({type(e).__name__}); replace or remove the file")
     if size and image.size != size:
         image = image.resize(size, Image.Resampling.BILINEAR)
@@ -397,8 +402,10 @@ def save_scatter(path, points, groups, names, title):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 5.4), dpi=150)
+    colours, order = plt.get_cmap("tab10"), np.random.default_rng(0).permutation(len(points))  # shuffled: no group covers another
+    ax.scatter(*points[order].T, s=5, alpha=0.7, linewidths=0, c=colours(groups[order]))
     for group, name in enumerate(names):
-        ax.scatter(*points[groups == group].T, s=5, alpha=0.7, linewidths=0, color=plt.get_cmap("tab10")(group), label=name)
+        ax.scatter([], [], s=5, color=colours(group), label=name)
     ax.set(xticks=[], yticks=[], title=title)
     ax.title.set_size(9)
     ax.legend(markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

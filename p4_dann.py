@@ -14,6 +14,8 @@ strong augmentation (FixMatch, 2001.07685), BatchNorm statistics of the target (
 """
 import argparse
 import csv
+import io
+import itertools
 import json
 import math
 import os
@@ -28,17 +30,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-try:
-    from tqdm import tqdm
-except ImportError:  # the file copied alone runs without progress bars
-    def tqdm(**_):
-        return argparse.Namespace(update=lambda: None, set_postfix=lambda **_: None, close=lambda: None)
-
 SIZE, DIGITS, DOMAINS = 28, 10, ("mnistm", "svhn", "usps")
 SOURCE = {"mnistm": "svhn", "svhn": "mnistm", "usps": "mnistm"}  # the course's source of each target
 SCENARIOS = ["mnistm-svhn", "mnistm-usps", "usps-mnistm", "svhn-mnistm", "usps-svhn"]
-METHODS = {"source": "Trained on source", "dann": "Adaptation (DANN)", "mean-teacher": "Adaptation (mean teacher)", "target": "Trained on target"}
-STEPS, FAST_STEPS = 3000, 400
+METHODS = {"source": "Trained on source", "dann": "Adaptation (DANN)", "dann-mt": "Adaptation (DANN + mean teacher)", "target": "Trained on target"}
+STEPS, FAST_STEPS = 2000, 400
 EMA_DECAY = 0.99  # of the teacher, which is also the network that predicts
 THRESHOLD = 0.9  # the teacher's probability from which its digit counts
 START, RAMP = 0.3, 0.2  # shares of training: the consistency loss sets in after START, and its weight rises to 1 within RAMP
@@ -157,7 +153,7 @@ def cutout(x, radius=5):
 def domain_loss(net, source, target, lambda_):
     """Cross-entropy of the domain head on gradient-reversed features (B, C) of both domains: the head learns to tell them apart, the features not to."""
     logits = net.domain(ReverseGradient.apply(torch.cat([source, target]), lambda_))
-    domain = torch.arange(2, device=logits.device).repeat_interleave(torch.tensor([len(source), len(target)], device=logits.device))
+    domain = (torch.arange(len(logits), device=logits.device) >= len(source)).long()
     return F.cross_entropy(F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits, domain)  # one logit: that of "target"
 
 
@@ -217,25 +213,41 @@ def save_checkpoint(args, model, ema, optim, step, seconds, log):
         return f"--ckpt {path}: cannot be written ({e}); an older checkpoint there is unchanged"
 
 
-def load_checkpoint(path, device):
+def load_checkpoint(path, args):
     """A checkpoint of this script, read without running code from it."""
     if not Path(path).is_file():
-        fail(f"--ckpt {path}: no such file; make one with: python p4_dann.py --mode train, and the same --source, --target and --method")
+        target = f" --target {args.target}" if args.target else ""
+        fail(f"--ckpt {path}: no such file; make one with: python p4_dann.py --mode train --method {args.method}{target} --ckpt {path}")
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
+        ckpt = torch.load(path, map_location=args.device, weights_only=True)
     except Exception as e:  # torch.load raises many types for damaged or hostile files
         fail(f"--ckpt {path}: not a readable checkpoint ({type(e).__name__}); truncated, or not written by p4_dann.py --mode train")
-    if not isinstance(ckpt, dict) or ckpt.get("script") != "p4_dann" or KEYS - ckpt.keys() or set(SETTINGS) - ckpt["args"].keys():
+    if not isinstance(ckpt, dict) or ckpt.get("script") != "p4_dann" or KEYS - ckpt.keys() or set(SETTINGS) - set(ckpt["args"]):
         fail(f"--ckpt {path}: not a checkpoint of this p4_dann.py; found {ckpt.get('script', 'another dict') if isinstance(ckpt, dict) else type(ckpt).__name__}")
     return ckpt
 
 
-def resume(args, model, ema, optim):
-    """Loads --ckpt into the training state; returns step, seconds and log. Differing settings are refused, not ignored."""
-    ckpt = load_checkpoint(args.ckpt[0], args.device)
+def load_training_set(args):
+    """(labelled images, their labels, target images without labels or None) on the device; args.images becomes their fingerprint."""
+    from common import load_digits
+    images, labels = (v.to(args.device) for v in load_digits(args.data, args.labelled, "train"))
+    target = load_digits(args.data, args.unlabelled, "train")[0].to(args.device) if args.unlabelled else None
+    args.images = [[len(v), v.sum().item()] for v in (images, target) if v is not None]
+    return images, labels, target
+
+
+def matching_checkpoint(args):
+    """The checkpoint in --ckpt, if it was made with the settings and the images of `args`; any difference is refused, not ignored."""
+    ckpt = load_checkpoint(args.ckpt[0], args)
     differ = [f"{k} {getattr(args, k)} (checkpoint: {ckpt['args'][k]})" for k in SETTINGS if getattr(args, k) != ckpt["args"][k]]
     if differ:
-        fail(f"--resume with other settings than {args.ckpt[0]}: {', '.join(differ)}; pass the checkpoint's, or another --ckpt")
+        fail(f"other settings than those of {args.ckpt[0]}: {', '.join(differ)}; pass the checkpoint's, or another --ckpt")
+    return ckpt
+
+
+def resume(args, model, ema, optim):
+    """Loads --ckpt into the training state; returns step, seconds and log."""
+    ckpt = matching_checkpoint(args)
     model.load_state_dict(ckpt["model"])
     ema.load_state_dict(ckpt["ema"])
     optim.load_state_dict(ckpt["optim"])
@@ -255,7 +267,7 @@ def update_ema(ema, model, step, buffers):
 
 
 def teaching(ema):
-    """The EMA network's mode in training: its own batches' BatchNorm statistics, no dropout."""
+    """The EMA network's mode in training: BatchNorm by its own batches, noise on the input, no dropout."""
     for module in ema.modules():
         module.train(not isinstance(module, (nn.Dropout, nn.Dropout2d)))
 
@@ -268,48 +280,51 @@ def losses(args, model, ema, x, y, u, p):
     sees target images only, so the BatchNorm statistics that predictions use later are the target's.
     """
     features = model.embed(augment(x, 1.0))
-    class_loss, zero = F.cross_entropy(model.label(features).float(), y), torch.zeros((), device=x.device)
+    class_loss, sure = F.cross_entropy(model.label(features).float(), y), torch.zeros((), device=x.device)
     if u is None:
-        return class_loss, zero, zero
+        return class_loss, torch.zeros_like(sure), sure
     with torch.no_grad():
         teacher = ema(augment(u, 0.3)).float().softmax(1)
         ema.marginal.lerp_(teacher.mean(0), 0.01)
-    if args.method == "dann":
-        return class_loss, domain_loss(model, features, model.embed(augment(u, 1.0)), schedules(p)[0]), zero
-    consistency, sure = consistency_loss(model(cutout(augment(u, 1.0))).float(), align(teacher, ema.marginal, ALIGN), THRESHOLD)
-    return class_loss, min(max(p - START, 0) / RAMP, 1) * consistency, sure
+    u = augment(u, 1.0)
+    target = model.embed(u if args.method == "dann" else cutout(u))
+    adaptation = domain_loss(model, features, target, schedules(p)[0])
+    if args.method == "dann-mt":
+        consistency, sure = consistency_loss(model.label(target).float(), align(teacher, ema.marginal, ALIGN), THRESHOLD)
+        adaptation = adaptation + min(max(p - START, 0) / RAMP, 1) * consistency
+    return class_loss, adaptation, sure
 
 
 def train(args):
     """Trains --method for --steps steps; Ctrl-C saves and exits with 130. No label of the target is used (--method target: all of its)."""
     from common import load_digits
+    from tqdm import tqdm
     path = args.ckpt[0]
     if Path(path).exists() and not args.resume:
         fail(f"--ckpt {path}: exists; go on with --resume, or give another --ckpt")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(f"{path}.tmp").touch()  # an unwritable folder shows now, not after hours
     Path(f"{path}.tmp").unlink()
-    images, labels = (v.to(args.device) for v in load_digits(args.data, args.labelled, "train"))
-    target = load_digits(args.data, args.unlabelled, "train")[0].to(args.device) if args.unlabelled else None
+    images, labels, target = load_training_set(args)
     val, truth = load_digits(args.data, args.target, "val")  # for the accuracy that is printed
-    args.images = [[len(v), v.sum().item()] for v in (images, target) if v is not None]  # --resume asks for the same
     torch.manual_seed(args.seed)
     model, ema = build(args), build(args)
     ema.load_state_dict(model.state_dict())
     teaching(ema)
     optim = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     step, seconds, log = resume(args, model, ema, optim) if args.resume else (0, 0.0, [])
-    print(f"{args.training}, labelled {args.labelled} {len(images):,} images, unlabelled {args.unlabelled} {0 if target is None else len(target):,}; {args.arch}: "
+    unlabelled = f", unlabelled {args.unlabelled} {len(target):,}" if args.unlabelled else ""
+    print(f"{args.training}, labelled {args.labelled} {len(images):,} images{unlabelled}; {args.arch}: "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.device}, {'bf16' if args.bf16 else 'float32'}", flush=True)
     stop, leak = [], []
     handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", mininterval=1 if sys.stderr.isatty() else 60)
     start = saved = time.perf_counter()
-    total, count, last = torch.zeros(3, device=args.device), 0, seconds
+    total, count, last, done = torch.zeros(3, device=args.device), 0, seconds, step >= args.steps
     try:
-        while step < args.steps and not stop:
-            p, i = step / args.steps, torch.randint(len(images), (args.batch_size,))
-            u = target[torch.randint(len(target), (args.batch_size,))].float() / 127.5 - 1 if args.unlabelled else None
+        while not done:
+            p, i = step / args.steps, torch.randint(len(images), (args.batch_size,), device=args.device)
+            u = target[torch.randint(len(target), (args.batch_size,), device=args.device)].float() / 127.5 - 1 if args.unlabelled else None
             optim.param_groups[0]["lr"] = args.lr * schedules(p)[1] * min((step + 1) / 100, 1)
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                 parts = torch.stack(losses(args, model, ema, images[i].float() / 127.5 - 1, labels[i], u, p))
@@ -321,8 +336,8 @@ def train(args):
             update_ema(ema, model, step, buffers=not args.unlabelled)
             total, count = total + parts.detach() + 0 * norm, count + 1  # 0 * inf is NaN: gradients are checked with the loss
             bar.update()
-            due = time.perf_counter() - saved > 120
-            if step % 100 == 0 or step == args.steps or stop or due:
+            done, due = step == args.steps or bool(stop), time.perf_counter() - saved > 120
+            if step % 100 == 0 or done or due:
                 mean, now = (total / count).tolist(), seconds + time.perf_counter() - start
                 if not all(map(math.isfinite, mean)):
                     fail(f"loss is {mean[0] + mean[1]} at step {step}; {path} keeps the last good state, if any; try a lower --lr", code=1)
@@ -332,7 +347,7 @@ def train(args):
                 if due and (problem := save_checkpoint(args, model, ema, optim, step, now, log)):
                     print(f"warning: {problem}; training goes on", file=sys.stderr)
                 saved = time.perf_counter() if due else saved
-            if args.oracle and step % max(args.steps // 20, 1) == 0:
+            if args.oracle and step * 20 // args.steps > (step - 1) * 20 // args.steps:
                 leak.append((accuracy(ema, val, truth), step))
                 teaching(ema)
         seconds += time.perf_counter() - start
@@ -343,7 +358,7 @@ def train(args):
         for name, handler in handlers.items():
             signal.signal(name, handler)
     print(f"{path}: step {step}, {seconds:.0f} s of training")
-    if stop:
+    if step < args.steps:
         print("stopped; go on with --resume", file=sys.stderr)
         raise SystemExit(130)
     print(f"{args.target} val accuracy {100 * accuracy(ema, val, truth):.2f} % ({len(truth)} images, last step; nothing was chosen by it)")
@@ -353,12 +368,15 @@ def train(args):
 
 # ------------------------------------------------------------------ predict
 
-def load_model(path, device):
-    """(EMA network of a checkpoint in eval mode, its settings)."""
-    ckpt = load_checkpoint(path, device)
-    model = build(argparse.Namespace(arch=ckpt["args"]["arch"], device=device)).eval()
+def load_model(path, args):
+    """(EMA network of a checkpoint in eval mode, its settings); a warning if it was adapted to another target than --target."""
+    ckpt = load_checkpoint(path, args)
+    settings = ckpt["args"]
+    model = build(argparse.Namespace(arch=settings["arch"], device=args.device)).eval()
     model.load_state_dict(ckpt["ema"])
-    return model, ckpt["args"]
+    if args.target and settings["unlabelled"] not in (None, args.target):
+        print(f"warning: {path} was adapted to {settings['unlabelled']}, the images are of {args.target}", file=sys.stderr)
+    return model, settings
 
 
 @torch.inference_mode()
@@ -390,7 +408,7 @@ def read_images(folder):
                     raise ValueError(f"{image.width}x{image.height} pixels, expected at most {MAX_PIXELS} in all")
                 images.append(np.asarray(to_rgb(image).resize((SIZE, SIZE), Image.Resampling.BILINEAR)))
             names.append(name)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        except Exception as e:  # PIL's readers raise many types
             print(f"warning: {Path(folder) / name}: skipped, not a readable image ({type(e).__name__}: {str(e)[:80]})", file=sys.stderr)
     if not images:
         fail(f"--input {folder}: no images in it")
@@ -408,31 +426,33 @@ def to_rgb(image):
 
 
 def domain_of(folder):
-    """The domain that the last matching component of a path names, as the 2022 and 2023 graders need: .../digits/svhn/test -> svhn."""
+    """The domain that the last matching component of a path names, as the 2022 and 2023 graders need: .../digits/svhn/test -> svhn; or None."""
     for part in reversed(Path(os.path.abspath(folder)).parts):
         found = [d for d in DOMAINS if d in part.lower().replace("-", "").replace("_", "")]
         if len(found) == 1:
             return found[0]
-    fail(f"--input {folder}: no part of the path names a domain ({', '.join(DOMAINS)}); pass --target")
+
+
+def write_whole(path, text):
+    """Writes a text file, whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")  # as the names came from the file system
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_predictions(args):
     """Writes --out, header image_name,label and one row per image of --input, by the vote of the networks in --ckpt."""
-    loaded = [load_model(path, args.device) for path in args.ckpt]
-    for path, (_, settings) in zip(args.ckpt, loaded):
-        if settings["unlabelled"] not in (None, args.target):
-            print(f"warning: {path} was adapted to {settings['unlabelled']}, the images are of {args.target}", file=sys.stderr)
     names, images = read_images(args.input)
-    digits = predict([model for model, _ in loaded], images).tolist()
-    out, temporary = Path(args.out), Path(f"{args.out}.tmp")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(temporary, "w", newline="", encoding="utf-8") as f:
-            csv.writer(f, lineterminator="\n").writerows([("image_name", "label"), *zip(names, digits)])
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(f"{out}: {len(names)} rows, target {args.target}, {', '.join(args.ckpt)}")
+    models, settings = zip(*[load_model(path, args) for path in args.ckpt])
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([("image_name", "label"), *zip(names, predict(models, images).tolist())])
+    write_whole(args.out, table.getvalue())
+    how = ", ".join(f"{path} ({s['training']}, {s['labelled']}{' to ' + s['unlabelled'] if s['unlabelled'] else ' alone'})" for path, s in zip(args.ckpt, settings))
+    print(f"{args.out}: {len(names)} rows, target {args.target or 'not named'}, {how}")
 
 
 # ------------------------------------------------------------------ evaluate, table and plots
@@ -448,8 +468,10 @@ def evaluate(args):
                 rows = [row for row in csv.reader(f) if row]
         except (OSError, UnicodeDecodeError, csv.Error) as e:
             fail(f"{path}: cannot be read as CSV ({e})")
-        if not rows or any(len(row) < 2 for row in rows) or rows[0][:2] != ["image_name", "label"]:
-            fail(f"{path}: found {','.join(rows[0])[:60] if rows else 'nothing'} in its first line, expected the header image_name,label and two columns in every row")
+        if not rows or rows[0][:2] != ["image_name", "label"]:
+            fail(f"{path}: found {','.join(rows[0])[:60] if rows else 'nothing'} in its first line, expected image_name,label")
+        if short := [row for row in rows if len(row) < 2]:
+            fail(f"{path}: found a row {short[0][0][:60]!r}, expected image_name,label in every row")
         return {row[0]: row[1] for row in rows[1:]}, len(rows) - 1
 
     (predicted, n), (truth, _) = read(args.input), read(args.gt)
@@ -458,10 +480,10 @@ def evaluate(args):
     for name in predicted:
         if name not in truth:
             fail(f'Item mismatch: "{name}" does not exist in the provided ground truth file.')
-    if missing := len(truth) - len(predicted):
-        print(f"warning: {args.input}: {missing} of {len(truth)} images have no prediction; the grader's rule leaves them out of the count", file=sys.stderr)
     if not predicted:
         fail(f"{args.input}: no predictions")
+    if missing := len(truth) - len(predicted):
+        print(f"warning: {args.input}: {missing} of {len(truth)} images have no prediction; the grader's rule leaves them out of the count", file=sys.stderr)
     correct = sum(truth[name] == label for name, label in predicted.items())
     print(f"Accuracy: {correct}/{len(predicted)} ({100 * correct / len(predicted):.2f}%)")
 
@@ -472,33 +494,31 @@ def table(args):
     "Trained on source" and "trained on target" need one network per domain and seed, whatever the scenario.
     """
     from common import load_digits
-    out, rows, results = Path(args.out), {}, {}
-    out.mkdir(parents=True, exist_ok=True)
-    validation = {target: load_digits(args.data, target, "val") for target in {s.split("-")[1] for s in args.scenarios}}
-    for method in args.methods:
-        for scenario in args.scenarios:
-            source, target = scenario.split("-")
-            images, labels = validation[target]
-            runs = []
-            for seed in args.seeds:
-                run = argparse.Namespace(**{**vars(args), "method": method, "source": source, "target": target, "seed": seed, "ckpt": None})
-                settle(run, folder=args.folder)
-                path = run.ckpt[0]
-                run.resume = Path(path).exists()
-                if not run.resume or load_checkpoint(path, args.device)["step"] < args.steps:
-                    train(run)
-                model, settings = load_model(path, args.device)
-                if (found := {k: settings[k] for k in ("steps", "batch_size", "lr")}) != {k: getattr(args, k) for k in found}:
-                    fail(f"{path}: was trained with {found}; give the same to --mode table, or another --ckpt folder")
-                runs.append({"seed": seed, "ckpt": path, "accuracy": accuracy(model, images, labels)})
-            accuracies = [100 * run["accuracy"] for run in runs]
-            rows.setdefault(METHODS[method], []).append(f"{np.mean(accuracies):.1f}" + (f" ± {np.std(accuracies, ddof=1):.1f}" if len(runs) > 1 else ""))
-            results.setdefault(scenario, {})[method] = runs
-            (out / "table.json").write_text(json.dumps(results, indent=1))
-    head = f"| % of the val images, seeds {' '.join(map(str, args.seeds))} | " + " | ".join(s.replace("-", " → ") for s in args.scenarios) + " |"
-    text = "\n".join([head, "|---" * (len(args.scenarios) + 1) + "|", *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items())])
-    (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    runs = []
+    for method, scenario, seed in itertools.product(args.methods, args.scenarios, args.seeds):
+        source, target = scenario.split("-")
+        run = argparse.Namespace(**{**vars(args), "method": method, "source": source, "target": target, "seed": seed, "ckpt": None})
+        settle(run, args.folder)
+        if Path(run.ckpt[0]).exists():  # one of other settings or data shows now, not after hours of training
+            load_training_set(run)
+            matching_checkpoint(run)
+        runs.append((method, scenario, run))
+    validation = {target: load_digits(args.data, target, "val") for target in {run.target for _, _, run in runs}}
+    cells = {}
+    for method, scenario, run in runs:
+        run.resume = Path(run.ckpt[0]).exists()
+        if not run.resume or load_checkpoint(run.ckpt[0], run)["step"] < run.steps:
+            train(run)
+        share = accuracy(load_model(run.ckpt[0], run)[0], *validation[run.target])
+        cells.setdefault(method, {}).setdefault(scenario, []).append({"seed": run.seed, "ckpt": run.ckpt[0], "accuracy": share})
+    rows = [f"| % of the val images, seeds {' '.join(map(str, args.seeds))} | " + " | ".join(f"{s.replace('-', ' → ')} ({len(validation[s.split('-')[1]][1])})" for s in args.scenarios) + " |",
+            "|---" * (len(args.scenarios) + 1) + "|"]
+    for method, results in cells.items():
+        shares = [[100 * run["accuracy"] for run in results[scenario]] for scenario in args.scenarios]
+        rows.append(f"| {METHODS[method]} | " + " | ".join(f"{np.mean(v):.1f}" + (f" ± {np.std(v, ddof=1):.1f}" if len(v) > 1 else "") for v in shares) + " |")
+    write_whole(Path(args.out) / "table.md", "\n".join(rows) + "\n")
+    write_whole(Path(args.out) / "table.json", json.dumps(cells, indent=1))
+    print("\n".join(rows))
 
 
 def a_distance(source, target):
@@ -517,7 +537,7 @@ def tsne(args):
     from common import load_digits, save_scatter
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
-    model, settings = load_model(args.ckpt[0], args.device)
+    model, settings = load_model(args.ckpt[0], args)
     sets = [load_digits(args.data, domain, "val") for domain in (args.source, args.target)]
     num, features, digits = min(args.num, *(len(labels) for _, labels in sets)), [], []
     for images, labels in sets:
@@ -527,7 +547,7 @@ def tsne(args):
         digits.append(labels[chosen].numpy())
     points = PCA(min(50, num), random_state=args.seed).fit_transform(np.concatenate(features))
     points = TSNE(random_state=args.seed, init="pca", perplexity=min(30, (2 * num - 1) / 3)).fit_transform(points)
-    out, name = Path(args.out), f"tsne_{args.source}_{args.target}_{args.method}"
+    out, name = Path(args.out), f"tsne_{args.source}_{args.target}_{settings['training']}"
     out.mkdir(parents=True, exist_ok=True)
     title = f"{settings['training']}, {args.source} to {args.target}, {num} val images each"
     save_scatter(out / f"{name}_digit.png", points, np.concatenate(digits), [str(d) for d in range(DIGITS)], f"{title}, by digit")
@@ -553,7 +573,7 @@ def settle(args, folder="checkpoints"):
     args.source = args.source or SOURCE[args.target]
     if args.source == args.target:
         fail(f"--source {args.source} --target {args.target}: expected two domains")
-    adapts = args.method in ("dann", "mean-teacher")
+    adapts = args.method in ("dann", "dann-mt")
     args.training = args.method if adapts else "supervised"  # source and target: the same training, on different domains
     args.labelled = args.target if args.method == "target" else args.source
     args.unlabelled = args.target if adapts else None
@@ -569,15 +589,15 @@ def parse_args(argv=None):
         group.add_argument(name, default=default, help=f"{help} (default: {kw.pop('shown', default)})".replace("%", "%%"), **kw)
 
     add(p, "--mode", "train", "what to do", choices=("train", "predict", "eval", "table", "tsne"))
-    add(p, "--method", "mean-teacher", "train on the source alone, adapt (dann, mean-teacher), or train on the target's labels", choices=tuple(METHODS))
+    add(p, "--method", "dann-mt", "train on the source alone, adapt (dann, dann-mt), or train on the target's labels", choices=tuple(METHODS))
     add(p, "--source", None, "labelled domain", choices=DOMAINS, shown="svhn for target mnistm, else mnistm")
-    add(p, "--target", None, "domain to adapt to", choices=DOMAINS, shown="usps; predict: named by the last matching part of --input's path")
+    add(p, "--target", None, "domain to adapt to", choices=DOMAINS, shown="usps, svhn if --source is usps; predict: named by the last matching part of --input's path")
     add(p, "--data", None, "folder of the course's layout or a torchvision root", metavar="DIR", shown="built-in digits")
     add(p, "--input", None, "predict: folder of images; eval: CSV of predictions", metavar="PATH", shown="pred.csv for eval")
     add(p, "--gt", None, "eval: CSV of true labels", metavar="FILE", shown="none")
     add(p, "--out", None, "predict: CSV; table, tsne: folder", metavar="PATH", shown="pred.csv, table, figures")
     add(p, "--ckpt", None, "checkpoint to write or read; predict: several networks vote; table: the folder of all", metavar="FILE", nargs="+",
-        shown="checkpoints/p4_<method>_<source>_<target>_<arch>_<seed>.pt")
+        shown="checkpoints/p4_<method>_<source>_<target>_<arch>_<seed>.pt; source, target: p4_supervised_<domain>_<arch>_<seed>.pt")
     add(p, "--seed", 0, "random seed of training and of tsne", type=number(int, 0, 2**32 - 1))
     add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
     add(p, "--precision", "auto", "of training: bf16 autocast or float32; auto: bf16 where the hardware has it", choices=("auto", "bf16", "float32"))
@@ -606,12 +626,17 @@ def parse_args(argv=None):
         if not args.input:
             fail("--mode predict needs --input DIR, the folder of images")
         args.target = args.target or domain_of(args.input)
+        if not (args.target or args.ckpt):
+            fail(f"--input {args.input}: no part of the path names a domain ({', '.join(DOMAINS)}); pass --target or --ckpt")
     if args.mode == "table":
         args.folder = args.ckpt[0] if args.ckpt else "checkpoints"
     if args.ckpt and len(args.ckpt) > 1 and args.mode != "predict":
         fail(f"--ckpt {' '.join(args.ckpt)}: --mode {args.mode} takes one; only predict votes")
-    args.target = args.target or ("usps" if args.source != "usps" else "svhn")
-    settle(args)
+    if args.mode != "predict":
+        args.target = args.target or ("usps" if args.source != "usps" else "svhn")
+    if args.target:
+        settle(args)
+    args.seeds = list(dict.fromkeys(args.seeds))
     try:
         args.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
         torch.empty(1, device=args.device)

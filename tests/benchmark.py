@@ -140,12 +140,13 @@ def p4(options):
         x, y, u = images.to(device), labels.to(device), target.to(device)
 
         def steps():
-            for i in range(10):
-                part = slice(batch * i, batch * (i + 1))
+            for _ in range(10):
+                i, j = (torch.randint(len(v), (batch,), device=device) for v in (x, u))
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    loss = sum(p4.losses(args, model, ema, x[part].float() / 127.5 - 1, y[part], u[part].float() / 127.5 - 1, 0.5)[:2])
+                    loss = sum(p4.losses(args, model, ema, x[i].float() / 127.5 - 1, y[i], u[j].float() / 127.5 - 1, 0.5)[:2])
                 optim.zero_grad()
                 loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
                 optim.step()
                 p4.update_ema(ema, model, 1000, buffers=False)
         return steps
@@ -155,9 +156,8 @@ def p4(options):
         for workers in (0, 2):
             (Path(folder) / str(workers)).mkdir()
             calls[f"plain DANN loop, float32, PNG files, DataLoader with {workers} workers"] = plain(Path(folder) / str(workers), workers)
-        calls["dann, float32"] = ours("dann", False)
-        if p4.bf16_available(device):
-            calls |= {"dann, bf16": ours("dann", True), "mean-teacher, bf16": ours("mean-teacher", True)}
+        for method in ("dann", "dann-mt"):
+            calls |= {f"{method}, {name}": ours(method, bf16) for name, bf16 in (("float32", False), ("bf16", True)) if not bf16 or p4.bf16_available(device)}
         seconds = in_turn(calls, rounds=5)
     first = next(iter(seconds.values()))
     print("\n| training, 64 + 64 images a step | source images/s | against the first row |\n|---|---|---|")

@@ -1,3 +1,4 @@
+import functools
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,13 @@ sys.path.insert(0, str(ROOT))
 def private_cache(tmp_path_factory):
     """The decoded-image cache of the tests is not the user's."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def built_in_digits_once():
+    """Two seconds for each training that a test starts."""
+    import common
+    common.builtin_digits = functools.cache(common.builtin_digits)
 
 
 @pytest.fixture
