@@ -150,11 +150,16 @@ def cutout(x, radius=5):
     return torch.where(hit[:, None], x.mean((1, 2, 3), keepdim=True), x)
 
 
-def domain_loss(net, source, target, lambda_):
-    """Cross-entropy of the domain head on gradient-reversed features (B, C) of both domains: the head learns to tell them apart, the features not to."""
-    logits = net.domain(ReverseGradient.apply(torch.cat([source, target]), lambda_))
+def domain_loss(net, source, target, lambda_, weights=None):
+    """Cross-entropy of the domain head on gradient-reversed features (B, C) of both domains: the head learns to tell them apart, the features not to.
+
+    weights: (B,) for the source images, of mean 1. With the ratio of the digits' frequencies in the two domains (2003.04475) the features
+    need not hide that a digit is rarer in one of them.
+    """
+    logits = net.domain(ReverseGradient.apply(torch.cat([source, target]), lambda_)).float()
     domain = (torch.arange(len(logits), device=logits.device) >= len(source)).long()
-    return F.cross_entropy(F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits, domain)  # one logit: that of "target"
+    loss = F.cross_entropy(F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits, domain, reduction="none")  # one logit: that of "target"
+    return loss.mean() if weights is None else torch.cat([weights * loss[:len(source)], loss[len(source):]]).mean()
 
 
 def align(probabilities, marginal, power):
@@ -177,7 +182,7 @@ def consistency_loss(student, probabilities, threshold):
 
 
 def schedules(p):
-    """(lambda_, learning rate factor) at progress p in [0, 1] of training: 2 / (1 + e^-10p) - 1 and (1 + 10p)^-0.75 (1505.07818, section 5.2.2)."""
+    """(lambda_ up to 1, learning rate factor) at progress p in [0, 1] of training: 2 / (1 + e^-10p) - 1 and (1 + 10p)^-0.75 (1505.07818, section 5.2.2)."""
     return 2 / (1 + math.exp(-10 * p)) - 1, (1 + 10 * p) ** -0.75
 
 
@@ -272,10 +277,11 @@ def teaching(ema):
         module.train(not isinstance(module, (nn.Dropout, nn.Dropout2d)))
 
 
-def losses(args, model, ema, x, y, u, p):
+def losses(args, model, ema, x, y, u, p, frequency):
     """Losses of one step: (class, adaptation, share of images with a sure teacher).
 
-    x: labelled images, float (B, 3, 28, 28) in [-1, 1], y (B,) digits; u: unlabelled target images or None; p: progress of training in [0, 1].
+    x: labelled images, float (B, 3, 28, 28) in [-1, 1], y (B,) digits; u: unlabelled target images or None; p: progress of training in [0, 1];
+    frequency: (10,) share of each digit in the source.
     Source and target pass through the model separately: in training each is normalised with its own batch statistics. The EMA network
     sees target images only, so the BatchNorm statistics that predictions use later are the target's.
     """
@@ -286,12 +292,13 @@ def losses(args, model, ema, x, y, u, p):
     with torch.no_grad():
         teacher = ema(augment(u, 0.3)).float().softmax(1)
         ema.marginal.lerp_(teacher.mean(0), 0.01)
-    u = augment(u, 1.0)
-    target = model.embed(u if args.method == "dann" else cutout(u))
-    adaptation = domain_loss(model, features, target, schedules(p)[0])
-    if args.method == "dann-mt":
-        consistency, sure = consistency_loss(model.label(target).float(), align(teacher, ema.marginal, ALIGN), THRESHOLD)
-        adaptation = adaptation + min(max(p - START, 0) / RAMP, 1) * consistency
+    u, lambda_ = augment(u, 1.0), schedules(p)[0]
+    if args.method == "dann":
+        ratio = (ema.marginal / frequency)[y]  # the teacher's guess of the digits' frequencies in the target
+        return class_loss, domain_loss(model, features, model.embed(u), lambda_, ratio / ratio.mean()), sure
+    target = model.embed(cutout(u))
+    consistency, sure = consistency_loss(model.label(target).float(), align(teacher, ema.marginal, ALIGN), THRESHOLD)
+    adaptation = domain_loss(model, features, target, lambda_) + min(max(p - START, 0) / RAMP, 1) * consistency
     return class_loss, adaptation, sure
 
 
@@ -307,6 +314,7 @@ def train(args):
     Path(f"{path}.tmp").unlink()
     images, labels, target = load_training_set(args)
     val, truth = load_digits(args.data, args.target, "val")  # for the accuracy that is printed
+    frequency = labels.bincount(minlength=DIGITS).clamp(min=1) / len(labels)
     torch.manual_seed(args.seed)
     model, ema = build(args), build(args)
     ema.load_state_dict(model.state_dict())
@@ -327,7 +335,7 @@ def train(args):
             u = target[torch.randint(len(target), (args.batch_size,), device=args.device)].float() / 127.5 - 1 if args.unlabelled else None
             optim.param_groups[0]["lr"] = args.lr * schedules(p)[1] * min((step + 1) / 100, 1)
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-                parts = torch.stack(losses(args, model, ema, images[i].float() / 127.5 - 1, labels[i], u, p))
+                parts = torch.stack(losses(args, model, ema, images[i].float() / 127.5 - 1, labels[i], u, p, frequency))
             optim.zero_grad()
             parts[:2].sum().backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)

@@ -87,6 +87,14 @@ def test_domain_loss_trains_the_head_and_reverses_the_features(arch):
     assert closer > loss
 
 
+def test_domain_loss_weights_the_source():
+    net, source, target = p4.Net("deep").eval(), torch.randn(3, 256), torch.randn(2, 256)
+    each = [p4.domain_loss(net, source[i:i + 1], target[:0], 1.0) for i in range(3)] + [p4.domain_loss(net, source[:0], target[i:i + 1], 1.0) for i in range(2)]
+    assert torch.allclose(p4.domain_loss(net, source, target, 1.0), torch.stack(each).mean())
+    weighted = p4.domain_loss(net, source, target, 1.0, torch.tensor([0.0, 2.0, 1.0]))
+    assert torch.allclose(weighted, (2 * each[1] + each[2] + each[3] + each[4]) / 5)
+
+
 def test_schedules():
     assert p4.schedules(0) == (0, 1)
     lambda_, rate = p4.schedules(1)
@@ -149,14 +157,14 @@ def test_batchnorm_statistics_are_not_mixed(method):
         ema = p4.build(args)
         ema.load_state_dict(start)
         p4.teaching(ema)
-        p4.losses(args, model, ema, x, y, u, 0.5)
+        p4.losses(args, model, ema, x, y, u, 0.5, torch.full((10,), 0.1))
         return torch.cat([b.flatten().float() for name, b in ema.named_buffers() if "running" in name])
 
     one = statistics(x, targets[0])
     assert torch.equal(one, statistics(x ** 3, targets[0])) and not torch.allclose(one, statistics(x, targets[1]))
     sizes = []
     hook = model.features.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    p4.losses(args, model, p4.build(args), x, y, targets[0][:5], 0.5)
+    p4.losses(args, model, p4.build(args), x, y, targets[0][:5], 0.5, torch.full((10,), 0.1))
     hook.remove()
     assert sizes == [8, 5]
 
