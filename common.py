@@ -1,4 +1,6 @@
-"""What the four scripts share: data sets as tensors, digit accuracy, labelled picture grids.
+"""What the four scripts share: data sets as tensors, digit accuracy, FID, KID and IS, labelled picture grids.
+
+  python common.py fid GENERATED REFERENCE      # folders of images; REFERENCE may be an .npz with mu and sigma, as pytorch-fid writes it
 
 A data set is one uint8 tensor (N, 3, H, W) and one int64 tensor (N,) of labels. `load_digits` looks for, in this order,
 
@@ -10,9 +12,13 @@ A data set is one uint8 tensor (N, 3, H, W) and one int64 tensor (N,) of labels.
 
 Decoded PNG folders are cached in $XDG_CACHE_HOME (or ~/.cache), keyed by every file's path, size and time.
 """
+import argparse
 import csv
+import functools
 import hashlib
+import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +27,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import scipy.special
 from PIL import Image
+from torchvision.models import inception
 from tqdm import tqdm
 
 DOMAINS = ("mnistm", "svhn", "usps")
@@ -55,6 +63,26 @@ def read_image(path, size=None):
     return np.asarray(image)
 
 
+def cache_file(name):
+    """Path of a file in $XDG_CACHE_HOME/p1-p4-images, or ~/.cache/p1-p4-images."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "p1-p4-images" / name
+
+
+def write_cache(path, **arrays):
+    """Writes an .npz, whole or not at all; a read-only home or a full disk is no error: the cache only saves time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as f:
+            try:
+                np.savez(f, **arrays)
+                os.replace(f.name, path)
+            except BaseException:
+                os.unlink(f.name)
+                raise
+    except OSError:
+        pass
+
+
 def read_folder(folder, names, size):
     """The named images of `folder` as one uint8 tensor (N, 3, H, W), decoded once and then cached."""
     folder, width, height = Path(folder).resolve(), *size
@@ -65,8 +93,7 @@ def read_folder(folder, names, size):
         except OSError as e:
             fail(f"{folder / name}: {e.strerror}")
         key.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "p1-p4-images"
-    cache = home / f"{key.hexdigest()[:32]}.npz"
+    cache = cache_file(f"{key.hexdigest()[:32]}.npz")
     try:
         with np.load(cache, allow_pickle=False) as f:
             images = f["images"]
@@ -76,17 +103,7 @@ def read_folder(folder, names, size):
         pass  # no cache yet, or a damaged one (numpy and zipfile raise many types): decode again
     images = np.stack([read_image(folder / name, size) for name in names]).transpose(0, 3, 1, 2)
     images = np.ascontiguousarray(images)
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=home, suffix=".tmp", delete=False) as f:
-            try:
-                np.savez(f, images=images)
-                os.replace(f.name, cache)
-            except BaseException:
-                os.unlink(f.name)
-                raise
-    except OSError:
-        pass  # read-only home or full disk: the cache only saves time
+    write_cache(cache, images=images)
     return torch.from_numpy(images)
 
 
@@ -117,6 +134,23 @@ def read_csv(path, folder):
         names.append(name)
         labels.append(int(label))
     return names, labels
+
+
+# ------------------------------------------------------------------ faces
+
+def load_faces(root, split, size=64):
+    """Faces as uint8 (N, 3, size, size), from ROOT/face/train and ROOT/face/val (2021: face/test), or built-in for root = None; split: train or val.
+
+    Images of another size are resized (bilinear). Exits with code 2 if nothing is there.
+    """
+    if root is None:
+        return F.interpolate(builtin_faces(split).float(), (size, size), mode="bilinear", antialias=True).round().byte() if size != 64 else builtin_faces(split)
+    for folder in (Path(root) / "face" / split, Path(root) / split, *((Path(root) / "face" / "test",) if split == "val" else ())):
+        if folder.is_dir():
+            names = sorted(n for n in os.listdir(folder) if n.lower().endswith((".png", ".jpg", ".jpeg")))
+            if names:
+                return read_folder(folder, names, (size, size))
+    fail(f"--data {root}: no {split} faces; looked for PNG or JPEG files in face/{split}{' and face/test' if split == 'val' else ''}; leave --data out for the built-in faces")
 
 
 # ------------------------------------------------------------------ digits
@@ -248,6 +282,38 @@ def draw_house_numbers(labels, photographs, rng):
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).contiguous()
 
 
+@functools.cache
+def builtin_faces(split):
+    """Drawn faces, uint8 (N, 3, 64, 64), 1500 train and 400 val, the same on every call: skin, hair, eyes, brows, nose and mouth of random shape on a photograph."""
+    import sklearn.datasets as ds
+    from PIL import ImageDraw
+    rng, photographs, out = np.random.default_rng(split == "val"), ds.load_sample_images().images, []
+    for _ in range(1500 if split == "train" else 400):
+        photo = photographs[rng.integers(2)]
+        y, x = rng.integers(photo.shape[0] - 256), rng.integers(photo.shape[1] - 256)
+        image = Image.fromarray(photo[y:y + 256, x:x + 256])
+        draw, (cx, cy) = ImageDraw.Draw(image), 128 + rng.normal(0, 8, 2)
+        w, h = rng.uniform(58, 78), rng.uniform(80, 100)
+        skin = np.array([rng.uniform(150, 250), 0, 0])
+        skin[1:] = skin[0] * rng.uniform(0.7, 0.85), skin[0] * rng.uniform(0.5, 0.7)
+        hair, dark, lips = (tuple(map(int, v)) for v in (rng.uniform(10, 160) * np.array([1, 0.8, 0.55]), skin * 0.55, skin * [0.85, 0.5, 0.5]))
+
+        def ellipse(x, y, rx, ry, colour):
+            draw.ellipse([cx + x - rx, cy + y - ry, cx + x + rx, cy + y + ry], fill=tuple(map(int, colour)))
+
+        ellipse(0, -rng.uniform(8, 22), w + rng.uniform(4, 26), h + rng.uniform(2, 14), hair)
+        ellipse(0, 8, w, h - 6, skin)
+        eye, tilt = rng.uniform(8, 12), rng.uniform(-3, 3)
+        for side in (-1, 1):
+            ellipse(side * w * 0.42, -14, eye * 1.5, eye * 0.8, (245, 245, 245))
+            ellipse(side * w * 0.42 + tilt, -14, eye * 0.7, eye * 0.7, hair if rng.random() < 0.5 else (40, 60, 90))
+            ellipse(side * w * 0.42, -32, eye * 1.6, 3, hair)
+        ellipse(tilt, 16, 7, 14, dark)
+        ellipse(0, 48 + rng.normal(0, 3), rng.uniform(16, 30), rng.uniform(4, 11), lips)
+        out.append(np.asarray(image.resize((64, 64), Image.Resampling.LANCZOS)))
+    return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).contiguous()
+
+
 # ------------------------------------------------------------------ digit accuracy
 
 class Classifier(nn.Module):
@@ -360,6 +426,181 @@ def score_digits(folder, data, classifier, beside, device):
     return result
 
 
+# ------------------------------------------------------------------ FID, KID, IS
+
+INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+
+
+class ExactAverage(nn.Module):
+    """After a padded 3x3 average that counted the zeros: the average without them, as the original TensorFlow network has it."""
+
+    def forward(self, x):
+        return x / F.avg_pool2d(torch.ones_like(x[:1, :1]), 3, 1, 1)
+
+
+class MaxPoolE(inception.InceptionE):
+    """The last block of the original network pools by maximum."""
+
+    def _forward(self, x):
+        return [*super()._forward(x)[:-1], self.branch_pool(F.max_pool2d(x, 3, 1, 1))]
+
+
+def load_inception(path, device):
+    """(network, its name): pytorch-fid's Inception-v3, uint8 images -> 2048 features by `inception_features`.
+
+    path: a state dict of that network, or None for the published one, downloaded once. Without either, random weights of seed 0 under the
+    name "random": their Frechet distance is no FID. A file named <name>-<start of its SHA-256>.pth must have that hash.
+    """
+    net = inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    net.Mixed_7c = MaxPoolE(2048)
+    try:
+        if path is None:
+            state, name = torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True, progress=False, weights_only=True), "FID"
+        else:
+            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            wanted = re.search(r"-([0-9a-f]{8,64})\.pth?$", str(path))
+            if wanted and not digest.startswith(wanted[1]):
+                fail(f"--inception {path}: SHA-256 {digest[:8]}..., expected {wanted[1]}; the download is damaged")
+            state, name = torch.load(path, map_location="cpu", weights_only=True), f"Frechet distance with {Path(path).name}, SHA-256 {digest[:8]}"
+            name = "FID" if digest.startswith("6726825d") else name
+        net.load_state_dict(state)
+    except (OSError, RuntimeError) as e:
+        if path is not None:
+            fail(f"--inception {path}: not a state dict of pytorch-fid's Inception network ({str(e).splitlines()[0][:100]})")
+        print(f"note: {INCEPTION} cannot be downloaded here; give the file with --inception. Without it there is no FID, only fd_random", file=sys.stderr)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for module in net.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight)
+        name = "fd_random"
+    for block in (net.Mixed_5b, net.Mixed_5c, net.Mixed_5d, net.Mixed_6b, net.Mixed_6c, net.Mixed_6d, net.Mixed_6e, net.Mixed_7b):
+        block.branch_pool = nn.Sequential(ExactAverage(), block.branch_pool)
+    return net.eval().to(device, memory_format=torch.channels_last), name
+
+
+@torch.inference_mode()
+def inception_features(net, images, batch=50):
+    """(features (N, 2048), class probabilities (N, 1008)), float64, of images: a list of uint8 arrays (H, W, 3), each enlarged to 299x299 (bilinear)."""
+    pooled, features, probabilities = [], [], []
+    hook = net.avgpool.register_forward_hook(lambda *a: pooled.append(a[2]))
+    sizes = {}
+    for i, image in enumerate(images):
+        sizes.setdefault(image.shape, []).append(i)
+    order = [i for same in sizes.values() for i in same]
+    batches = [same[i:i + batch] for same in sizes.values() for i in range(0, len(same), batch)]
+    for part in tqdm(batches, desc="inception", leave=False):
+        x = torch.from_numpy(np.stack([images[i] for i in part])).to(next(net.parameters()).device).permute(0, 3, 1, 2).float() / 255
+        logits = net(2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1)
+        features.append(pooled.pop().flatten(1).double().cpu())
+        probabilities.append(logits.double().softmax(1).cpu())
+    hook.remove()
+    back = np.argsort(order)
+    return torch.cat(features).numpy()[back], torch.cat(probabilities).numpy()[back]
+
+
+def frechet_distance(features, mean, covariance):
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) between N features (N, D) and a reference's mean (D,) and covariance (D, D), all float64 (1706.08500, equation 6).
+
+    With S1 = R^T R the eigenvalues of S1 S2 are those of the symmetric R S2 R^T, of size min(N, D): no matrix square root, and N < D is no special case.
+    """
+    centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
+    root = centred if len(centred) < centred.shape[1] else np.linalg.qr(centred, mode="r")
+    eigenvalues = np.linalg.eigvalsh(root @ covariance @ root.T).clip(min=0)
+    return float(((features.mean(0) - mean) ** 2).sum() + (centred**2).sum() + np.trace(covariance) - 2 * np.sqrt(eigenvalues).sum())
+
+
+def kernel_distance(x, y, subsets=100, size=1000, seed=0):
+    """KID (1801.01401): unbiased MMD^2 with the kernel (x.y / D + 1)^3 of features (N, D) and (M, D): (mean over random subsets, its standard error)."""
+    rng, size = np.random.default_rng(seed), min(size, len(x), len(y))
+    values = []
+    for _ in range(subsets):
+        a, b = x[rng.choice(len(x), size, replace=False)], y[rng.choice(len(y), size, replace=False)]
+        aa, bb, ab = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
+        values.append(((aa.sum() - np.trace(aa)) + (bb.sum() - np.trace(bb))) / (size * (size - 1)) - 2 * ab.mean())
+    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(subsets))
+
+
+def inception_score(probabilities, splits=10):
+    """exp of the mean KL(p(y|x) || p(y)) over consecutive tenths, (mean, standard deviation) (1606.03498); 1 to the number of classes."""
+    scores = []
+    for part in np.array_split(probabilities, splits):
+        scores.append(np.exp(scipy.special.rel_entr(part, part.mean(0)).sum(1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def image_files(path, what):
+    """Sorted PNG and JPEG files of a folder with two images or more."""
+    if not Path(path).is_dir():
+        fail(f"{what} {path}: no such folder of images{'; it is a file' if Path(path).is_file() else ''}")
+    files = sorted(p for p in Path(path).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    if len(files) < 2:
+        fail(f"{what} {path}: found {len(files)} PNG or JPEG images, expected two or more")
+    return files
+
+
+def reference_statistics(path, net, name):
+    """{mu, sigma, n, features or None} of a folder, cached by the content of its files, or of a .npz with mu and sigma as pytorch-fid writes it."""
+    if str(path).endswith(".npz"):
+        try:
+            with np.load(path, allow_pickle=False) as f:
+                stats = {key: f[key] for key in f.files}
+        except (OSError, ValueError) as e:
+            fail(f"reference {path}: not a readable .npz ({e})")
+        if {"mu", "sigma"} - stats.keys() or stats["mu"].shape != (2048,) or stats["sigma"].shape != (2048, 2048):
+            fail(f"reference {path}: found {', '.join(f'{k} {v.shape}' for k, v in stats.items())}, expected mu (2048,) and sigma (2048, 2048)")
+        return {"features": None, "n": "unknown", **stats}
+    files = image_files(path, "reference")
+    key = hashlib.sha256(name.encode())
+    for file in files:
+        key.update(hashlib.sha256(file.read_bytes()).digest())
+    cache = cache_file(f"inception-{key.hexdigest()[:32]}.npz")
+    try:
+        with np.load(cache, allow_pickle=False) as f:
+            return {"mu": f["mu"], "sigma": f["sigma"], "features": f["features"], "n": len(f["features"])}
+    except Exception:
+        pass  # no cache yet, or a damaged one
+    features, _ = inception_features(net, [read_image(file) for file in files])
+    stats = {"mu": features.mean(0), "sigma": np.cov(features, rowvar=False), "features": features}
+    write_cache(cache, **stats)
+    return {**stats, "n": len(features)}
+
+
+def score_images(generated, reference, weights=None, device="cpu", out=None):
+    """FID, KID, IS, face rate and the reference's floor for a folder of images against a folder or .npz of statistics; prints them, returns a dict for JSON.
+
+    The floor is the same distance between random halves of the reference, each at most as large as the generated set. out: .npz that receives the reference's mu and sigma.
+    """
+    files = image_files(generated, "generated")
+    images = [read_image(file) for file in files]
+    net, name = load_inception(weights, device)
+    stats = reference_statistics(reference, net, name)
+    real = stats["features"]
+    if real is not None and (sizes := {image.shape[:2] for image in images} | {read_image(image_files(reference, "reference")[0]).shape[:2]}) and len(sizes) > 1:
+        print(f"note: images of {len(sizes)} sizes; each is enlarged to 299x299 by itself", file=sys.stderr)
+    features, probabilities = inception_features(net, images)
+    result = {"n": len(files), "n_reference": stats["n"], "name": name, "distance": frechet_distance(features, stats["mu"], stats["sigma"]), "is": inception_score(probabilities)}
+    print(f"{name} {result['distance']:.3f} ({len(files)} generated, {stats['n']} reference images)")
+    if real is not None:
+        order = np.random.default_rng(0).permutation(len(real))
+        half = min(len(real) // 2, len(files))
+        result |= {"kid": kernel_distance(features, real), "n_floor": half,
+                   "floor": frechet_distance(real[order[:half]], real[order[half:]].mean(0), np.cov(real[order[half:]], rowvar=False)) if half > 1 else None}
+        print(f"KID {result['kid'][0]:.5f} +- {result['kid'][1]:.5f} (standard error over subsets)")
+        print(f"floor {result['floor']:.3f}: {half} against {len(real) - half} other images of the reference" if half > 1 else "floor: too few reference images")
+    print(f"IS {result['is'][0]:.3f} +- {result['is'][1]:.3f} (10 splits, 1008 classes of this network)")
+    try:
+        import dlib
+        detector = dlib.get_frontal_face_detector()
+        result["face_rate"] = float(np.mean([len(detector(np.ascontiguousarray(image), 1)) == 1 for image in images]))
+        print(f"face rate {result['face_rate']:.4f} (dlib HOG, exactly one face)")
+    except ImportError:
+        print("face rate: install dlib for it")
+    if out:
+        np.savez(out, mu=stats["mu"], sigma=stats["sigma"])
+    return result
+
+
 # ------------------------------------------------------------------ plots
 
 def save_grid(path, images, rows, columns, title, scale=1.0):
@@ -380,8 +621,8 @@ def save_grid(path, images, rows, columns, title, scale=1.0):
     plt.close(fig)
 
 
-def save_curves(path, csv_path, columns, title):
-    """Line plot over `step` of the named columns of a log.csv, one curve each, as PNG."""
+def save_curves(path, csv_path, columns, title, yscale="log"):
+    """Line plot over `step` of the named columns of a log.csv, one curve each, as PNG; yscale: log or linear."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -389,7 +630,7 @@ def save_curves(path, csv_path, columns, title):
     fig, ax = plt.subplots(figsize=(6, 3.2), dpi=150)
     for column in columns:
         ax.plot(log["step"], log[column], label=column)
-    ax.set(xlabel="step", title=title, yscale="log")
+    ax.set(xlabel="step", title=title, yscale=yscale)
     ax.legend()
     fig.tight_layout()
     fig.savefig(path)
@@ -411,3 +652,24 @@ def save_scatter(path, points, groups, names, title):
     ax.legend(markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     fig.savefig(path, bbox_inches="tight")
     plt.close(fig)
+
+
+# ------------------------------------------------------------------ command line
+
+def main():
+    p = argparse.ArgumentParser(description="Frechet inception distance, kernel inception distance, inception score and face rate of a folder of images.")
+    p.error = fail
+    p.add_argument("what", choices=["fid"])
+    p.add_argument("generated", help="folder of PNG or JPEG images")
+    p.add_argument("reference", help="folder of images, or .npz with mu and sigma")
+    p.add_argument("--inception", metavar="FILE", help="weights of pytorch-fid's Inception network (default: downloaded once)")
+    p.add_argument("--json", metavar="FILE", help="write the figures there")
+    p.add_argument("--save-reference", metavar="FILE.npz", help="write the reference's mu and sigma there, as pytorch-fid reads them")
+    args = p.parse_args()
+    result = score_images(args.generated, args.reference, args.inception, "cuda" if torch.cuda.is_available() else "cpu", args.save_reference)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
