@@ -1,14 +1,17 @@
 """Unsupervised domain adaptation between digit data sets: labelled source, unlabelled target (MNIST-M, SVHN, USPS).
 
-Papers: DANN (arXiv 1505.07818), mean teacher (1703.01780) for adaptation (self-ensembling, 1706.05208), confident pseudo-labels under
-strong augmentation (FixMatch, 2001.07685), BatchNorm statistics of the target (1603.04779), proxy A-distance (Ben-David et al., 2007).
+Papers: DANN (arXiv 1505.07818), mean teacher (1703.01780) for adaptation (1706.05208) with
+confident pseudo-labels under strong augmentation (2001.07685) and distribution alignment (1911.09785), BatchNorm of the target (1603.04779).
 
-  python p4_dann.py --mode train --target usps --fast                                    # built-in digits, MNIST-M -> USPS
-  python p4_dann.py --mode train --data hw2_data --target svhn                           # the course's MNIST-M -> SVHN
-  python p4_dann.py --mode predict --input hw2_data/digits/svhn/data --out pred.csv      # image_name,label; target from the path
-  python p4_dann.py --mode eval --input pred.csv --gt hw2_data/digits/svhn/val.csv       # the grader's rules
-  python p4_dann.py --mode table --data hw2_data --out table                             # trains what is missing; the reports' table
-  python p4_dann.py --mode tsne --data hw2_data --target svhn --out figures              # CNN features by digit and by domain
+  python p4_dann.py --mode train --target svhn --fast --ckpt fast.pt                 # built-in digits, MNIST-M -> SVHN, a minute
+  python p4_dann.py --mode train --data hw2_data --target svhn                       # the course's MNIST-M -> SVHN
+  python p4_dann.py --mode predict --input test/svhn --out pred.csv                  # image_name,label; the path names the target
+  python p4_dann.py --mode eval --input pred.csv --gt test.csv                       # accuracy by the grader's rules
+  python p4_dann.py --mode table --data hw2_data --out table                         # trains what is missing; the reports' table
+  python p4_dann.py --mode tsne --data hw2_data --target svhn --out figures          # CNN features by digit and by domain
+
+dann: gradient reversal, as in the paper. dann-mt, the default: augmentation, gradient reversal and, after 30 % of training, the digits
+that the EMA network is sure of.
 
 @HEADLINE@
 """
@@ -33,7 +36,8 @@ from PIL import Image
 SIZE, DIGITS, DOMAINS = 28, 10, ("mnistm", "svhn", "usps")
 SOURCE = {"mnistm": "svhn", "svhn": "mnistm", "usps": "mnistm"}  # the course's source of each target
 SCENARIOS = ["mnistm-svhn", "mnistm-usps", "usps-mnistm", "svhn-mnistm", "usps-svhn"]
-METHODS = {"source": "Trained on source", "dann": "Adaptation (DANN)", "dann-mt": "Adaptation (DANN + mean teacher)", "target": "Trained on target"}
+METHODS = {"source": "Trained on source", "dann": "Adaptation (DANN)", "source-aug": "Trained on source, augmented",
+           "dann-mt": "Adaptation (DANN + mean teacher), augmented", "target": "Trained on target, augmented"}
 STEPS, FAST_STEPS = 2000, 400
 EMA_DECAY = 0.99  # of the teacher, which is also the network that predicts
 THRESHOLD = 0.9  # the teacher's probability from which its digit counts
@@ -150,16 +154,11 @@ def cutout(x, radius=5):
     return torch.where(hit[:, None], x.mean((1, 2, 3), keepdim=True), x)
 
 
-def domain_loss(net, source, target, lambda_, weights=None):
-    """Cross-entropy of the domain head on gradient-reversed features (B, C) of both domains: the head learns to tell them apart, the features not to.
-
-    weights: (B,) for the source images, of mean 1. With the ratio of the digits' frequencies in the two domains (2003.04475) the features
-    need not hide that a digit is rarer in one of them.
-    """
+def domain_loss(net, source, target, lambda_):
+    """Cross-entropy of the domain head on gradient-reversed features (B, C) of both domains: the head learns to tell them apart, the features not to."""
     logits = net.domain(ReverseGradient.apply(torch.cat([source, target]), lambda_)).float()
     domain = (torch.arange(len(logits), device=logits.device) >= len(source)).long()
-    loss = F.cross_entropy(F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits, domain, reduction="none")  # one logit: that of "target"
-    return loss.mean() if weights is None else torch.cat([weights * loss[:len(source)], loss[len(source):]]).mean()
+    return F.cross_entropy(F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits, domain)  # one logit: that of "target"
 
 
 def align(probabilities, marginal, power):
@@ -277,28 +276,27 @@ def teaching(ema):
         module.train(not isinstance(module, (nn.Dropout, nn.Dropout2d)))
 
 
-def losses(args, model, ema, x, y, u, p, frequency):
+def losses(args, model, ema, x, y, u, p):
     """Losses of one step: (class, adaptation, share of images with a sure teacher).
 
-    x: labelled images, float (B, 3, 28, 28) in [-1, 1], y (B,) digits; u: unlabelled target images or None; p: progress of training in [0, 1];
-    frequency: (10,) share of each digit in the source.
+    x: labelled images, float (B, 3, 28, 28) in [-1, 1], y (B,) digits; u: unlabelled target images or None; p: progress of training in [0, 1].
+    source and dann train on the images as they are, as the DANN paper does; the other methods augment.
     Source and target pass through the model separately: in training each is normalised with its own batch statistics. The EMA network
     sees target images only, so the BatchNorm statistics that predictions use later are the target's.
     """
-    features = model.embed(augment(x, 1.0))
+    plain = args.training in ("plain", "dann")
+    features = model.embed(x if plain else augment(x, 1.0))
     class_loss, sure = F.cross_entropy(model.label(features).float(), y), torch.zeros((), device=x.device)
     if u is None:
         return class_loss, torch.zeros_like(sure), sure
     with torch.no_grad():
-        teacher = ema(augment(u, 0.3)).float().softmax(1)
+        teacher = ema(u if plain else augment(u, 0.3)).float().softmax(1)
         ema.marginal.lerp_(teacher.mean(0), 0.01)
-    u, lambda_ = augment(u, 1.0), schedules(p)[0]
-    if args.method == "dann":
-        ratio = (ema.marginal / frequency)[y]  # the teacher's guess of the digits' frequencies in the target
-        return class_loss, domain_loss(model, features, model.embed(u), lambda_, ratio / ratio.mean()), sure
-    target = model.embed(cutout(u))
-    consistency, sure = consistency_loss(model.label(target).float(), align(teacher, ema.marginal, ALIGN), THRESHOLD)
-    adaptation = domain_loss(model, features, target, lambda_) + min(max(p - START, 0) / RAMP, 1) * consistency
+    target = model.embed(u if plain else cutout(augment(u, 1.0)))
+    adaptation = domain_loss(model, features, target, schedules(p)[0])
+    if args.training == "dann-mt":
+        consistency, sure = consistency_loss(model.label(target).float(), align(teacher, ema.marginal, ALIGN), THRESHOLD)
+        adaptation = adaptation + min(max(p - START, 0) / RAMP, 1) * consistency
     return class_loss, adaptation, sure
 
 
@@ -314,7 +312,6 @@ def train(args):
     Path(f"{path}.tmp").unlink()
     images, labels, target = load_training_set(args)
     val, truth = load_digits(args.data, args.target, "val")  # for the accuracy that is printed
-    frequency = labels.bincount(minlength=DIGITS).clamp(min=1) / len(labels)
     torch.manual_seed(args.seed)
     model, ema = build(args), build(args)
     ema.load_state_dict(model.state_dict())
@@ -335,7 +332,7 @@ def train(args):
             u = target[torch.randint(len(target), (args.batch_size,), device=args.device)].float() / 127.5 - 1 if args.unlabelled else None
             optim.param_groups[0]["lr"] = args.lr * schedules(p)[1] * min((step + 1) / 100, 1)
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-                parts = torch.stack(losses(args, model, ema, images[i].float() / 127.5 - 1, labels[i], u, p, frequency))
+                parts = torch.stack(losses(args, model, ema, images[i].float() / 127.5 - 1, labels[i], u, p))
             optim.zero_grad()
             parts[:2].sum().backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)
@@ -582,7 +579,8 @@ def settle(args, folder="checkpoints"):
     if args.source == args.target:
         fail(f"--source {args.source} --target {args.target}: expected two domains")
     adapts = args.method in ("dann", "dann-mt")
-    args.training = args.method if adapts else "supervised"  # source and target: the same training, on different domains
+    # source-aug and target are the same training, on different domains
+    args.training = args.method if adapts else "plain" if args.method == "source" else "supervised"
     args.labelled = args.target if args.method == "target" else args.source
     args.unlabelled = args.target if adapts else None
     where = f"{args.source}_{args.target}" if adapts else args.labelled
@@ -597,7 +595,7 @@ def parse_args(argv=None):
         group.add_argument(name, default=default, help=f"{help} (default: {kw.pop('shown', default)})".replace("%", "%%"), **kw)
 
     add(p, "--mode", "train", "what to do", choices=("train", "predict", "eval", "table", "tsne"))
-    add(p, "--method", "dann-mt", "train on the source alone, adapt (dann, dann-mt), or train on the target's labels", choices=tuple(METHODS))
+    add(p, "--method", "dann-mt", "train on the source alone, without or with augmentation, adapt (dann, dann-mt), or train on the target's labels", choices=tuple(METHODS))
     add(p, "--source", None, "labelled domain", choices=DOMAINS, shown="svhn for target mnistm, else mnistm")
     add(p, "--target", None, "domain to adapt to", choices=DOMAINS, shown="usps, svhn if --source is usps; predict: named by the last matching part of --input's path")
     add(p, "--data", None, "folder of the course's layout or a torchvision root", metavar="DIR", shown="built-in digits")
@@ -605,7 +603,7 @@ def parse_args(argv=None):
     add(p, "--gt", None, "eval: CSV of true labels", metavar="FILE", shown="none")
     add(p, "--out", None, "predict: CSV; table, tsne: folder", metavar="PATH", shown="pred.csv, table, figures")
     add(p, "--ckpt", None, "checkpoint to write or read; predict: several networks vote; table: the folder of all", metavar="FILE", nargs="+",
-        shown="checkpoints/p4_<method>_<source>_<target>_<arch>_<seed>.pt; source, target: p4_supervised_<domain>_<arch>_<seed>.pt")
+        shown="checkpoints/p4_<method>_<source>_<target>_<arch>_<seed>.pt; source: p4_plain_<domain>_..., source-aug, target: p4_supervised_<domain>_...")
     add(p, "--seed", 0, "random seed of training and of tsne", type=number(int, 0, 2**32 - 1))
     add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
     add(p, "--precision", "auto", "of training: bf16 autocast or float32; auto: bf16 where the hardware has it", choices=("auto", "bf16", "float32"))

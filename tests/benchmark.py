@@ -143,7 +143,7 @@ def p4(options):
             for _ in range(10):
                 i, j = (torch.randint(len(v), (batch,), device=device) for v in (x, u))
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    loss = sum(p4.losses(args, model, ema, x[i].float() / 127.5 - 1, y[i], u[j].float() / 127.5 - 1, 0.5, torch.full((10,), 0.1, device=device))[:2])
+                    loss = sum(p4.losses(args, model, ema, x[i].float() / 127.5 - 1, y[i], u[j].float() / 127.5 - 1, 0.5)[:2])
                 optim.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)

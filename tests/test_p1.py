@@ -232,6 +232,13 @@ def test_grid(ckpt, tmp_path):
 
 # ------------------------------------------------------------------ command line and bad input
 
+def test_readme():
+    commands = re.findall(r"^python p1_gan.py (--mode .*?)(?:  +#.*)?$", (ROOT / "README.md").read_text(), re.M)
+    for command in commands:
+        p1.parse_args(command.split())
+    assert len(commands) >= 3
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         p1.main(["-h"])
