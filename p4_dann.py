@@ -36,8 +36,8 @@ from PIL import Image
 SIZE, DIGITS, DOMAINS = 28, 10, ("mnistm", "svhn", "usps")
 SOURCE = {"mnistm": "svhn", "svhn": "mnistm", "usps": "mnistm"}  # the course's source of each target
 SCENARIOS = ["mnistm-svhn", "mnistm-usps", "usps-mnistm", "svhn-mnistm", "usps-svhn"]
-METHODS = {"source": "Trained on source", "dann": "Adaptation (DANN)", "source-aug": "Trained on source, augmented",
-           "dann-mt": "Adaptation (DANN + mean teacher), augmented", "target": "Trained on target, augmented"}
+METHODS = {"source": "Trained on source", "dann": "Adaptation (DANN)", "target": "Trained on target",
+           "source-aug": "Trained on source, augmented", "dann-mt": "Adaptation (DANN + mean teacher), augmented"}
 STEPS, FAST_STEPS = 2000, 400
 EMA_DECAY = 0.99  # of the teacher, which is also the network that predicts
 THRESHOLD = 0.9  # the teacher's probability from which its digit counts
@@ -280,7 +280,7 @@ def losses(args, model, ema, x, y, u, p):
     """Losses of one step: (class, adaptation, share of images with a sure teacher).
 
     x: labelled images, float (B, 3, 28, 28) in [-1, 1], y (B,) digits; u: unlabelled target images or None; p: progress of training in [0, 1].
-    source and dann train on the images as they are, as the DANN paper does; the other methods augment.
+    source, dann and target train on the images as they are, as the DANN paper does; source-aug and dann-mt augment.
     Source and target pass through the model separately: in training each is normalised with its own batch statistics. The EMA network
     sees target images only, so the BatchNorm statistics that predictions use later are the target's.
     """
@@ -496,7 +496,7 @@ def evaluate(args):
 def table(args):
     """Trains what is missing among methods x scenarios x seeds, and writes the reports' table: accuracy on the target's val part, mean and standard deviation.
 
-    "Trained on source" and "trained on target" need one network per domain and seed, whatever the scenario.
+    "Trained on source" and "trained on target" share one network per domain and seed, whatever the scenario.
     """
     from common import load_digits
     runs = []
@@ -579,8 +579,7 @@ def settle(args, folder="checkpoints"):
     if args.source == args.target:
         fail(f"--source {args.source} --target {args.target}: expected two domains")
     adapts = args.method in ("dann", "dann-mt")
-    # source-aug and target are the same training, on different domains
-    args.training = args.method if adapts else "plain" if args.method == "source" else "supervised"
+    args.training = args.method if adapts else "supervised" if args.method == "source-aug" else "plain"  # source and target: the same, on different domains
     args.labelled = args.target if args.method == "target" else args.source
     args.unlabelled = args.target if adapts else None
     where = f"{args.source}_{args.target}" if adapts else args.labelled
@@ -603,7 +602,7 @@ def parse_args(argv=None):
     add(p, "--gt", None, "eval: CSV of true labels", metavar="FILE", shown="none")
     add(p, "--out", None, "predict: CSV; table, tsne: folder", metavar="PATH", shown="pred.csv, table, figures")
     add(p, "--ckpt", None, "checkpoint to write or read; predict: several networks vote; table: the folder of all", metavar="FILE", nargs="+",
-        shown="checkpoints/p4_<method>_<source>_<target>_<arch>_<seed>.pt; source: p4_plain_<domain>_..., source-aug, target: p4_supervised_<domain>_...")
+        shown="checkpoints/p4_<method>_<source>_<target>_<arch>_<seed>.pt; source, target: p4_plain_<domain>_..., source-aug: p4_supervised_<domain>_...")
     add(p, "--seed", 0, "random seed of training and of tsne", type=number(int, 0, 2**32 - 1))
     add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
     add(p, "--precision", "auto", "of training: bf16 autocast or float32; auto: bf16 where the hardware has it", choices=("auto", "bf16", "float32"))
