@@ -13,7 +13,8 @@ confident pseudo-labels under strong augmentation (2001.07685) and distribution 
 dann: gradient reversal, as in the paper. dann-mt, the default: augmentation, gradient reversal and, after 30 % of training, the digits
 that the EMA network is sure of.
 
-@HEADLINE@
+Real data, three seeds, the last step's network: MNIST-M -> USPS 99.1 % (sd 0.1, 1,459 val images), MNIST-M -> SVHN 72.1 % (sd 4.2, 160 val
+images, 640 unlabelled training images); 5 minutes for each network on one Xeon core with AMX. README.md has the table and the commands.
 """
 import argparse
 import csv
