@@ -206,7 +206,7 @@ def test_adaptation_beats_source_only_on_the_built_in_digits(tmp_path):
         path = str(tmp_path / f"{method}.pt")
         p4.main(["--mode", "train", "--target", "svhn", "--method", method, "--fast", "--ckpt", path, "--device", "cpu"])
         accuracy[method] = p4.accuracy(load(path), images, labels)
-    assert accuracy["dann-mt"] > accuracy["source"] > 0.3  # measured: 69.3 and 64.5 %
+    assert accuracy["dann-mt"] > accuracy["source"] + 0.03 > 0.33
 
 
 @pytest.mark.usefixtures("all_pseudo_labels_count")
