@@ -357,7 +357,7 @@ def train(args):
                     print(f"warning: {problem}; training goes on", file=sys.stderr)
                 saved = time.perf_counter() if due else saved
             if step % 500 == 0 or done:
-                sample_grid(args, ema, path.with_name(f"{path.stem}_grids") / f"{step:06d}.png")
+                write_png(path.with_name(f"{path.stem}_grids") / f"{step:06d}.png", sample_grid(ema.eval(), args.method, args.seed))
         seconds += time.perf_counter() - start
         if problem := save_checkpoint(args, (g, ema, d), (optim_g, optim_d), step, seconds, log):
             fail(problem)
@@ -438,12 +438,12 @@ def tile(images, columns):
     return make_grid(images, columns, padding=2, pad_value=255)
 
 
-def sample_grid(args, ema, path):
-    """32 faces, or 10 digits of each class, of the same latents every time."""
-    ema.eval()
-    keys = [(digit, number) for digit in range(DIGITS) for number in range(1, 11)] if args.method == "acgan" else [(number,) for number in range(32)]
-    y = torch.tensor([digit for digit, _ in keys]) if args.method == "acgan" else None
-    write_png(path, tile(generate(ema, latents(keys, args.seed), y), 10 if args.method == "acgan" else 8))
+def sample_grid(model, method, seed):
+    """32 faces, or 10 digits of each class, of the same latents every time, as one picture (3, H, W)."""
+    acgan = method == "acgan"
+    keys = [(digit, number) for digit in range(DIGITS) for number in range(1, 11)] if acgan else [(number,) for number in range(32)]
+    y = torch.tensor([digit for digit, _ in keys]) if acgan else None
+    return tile(generate(model, latents(keys, seed), y), 10 if acgan else 8)
 
 
 # ------------------------------------------------------------------ evaluate and plots
@@ -472,9 +472,7 @@ def grid(args):
     for path in args.ckpt:
         model, method = load_model(path, args)
         name = Path(path).stem
-        keys = [(digit, number) for digit in range(DIGITS) for number in range(1, 11)] if method == "acgan" else [(number,) for number in range(32)]
-        y = torch.tensor([digit for digit, _ in keys]) if method == "acgan" else None
-        firsts.append(tile(generate(model, latents(keys, args.seed), y), 10 if method == "acgan" else 8))
+        firsts.append(sample_grid(model, method, args.seed))
         write_png(out / f"first_{name}.png", firsts[-1])
         ends, w = latents([(number,) for number in range(8)], args.seed), torch.linspace(0, 1, 9)[:, None, None]
         angle = torch.acos(F.cosine_similarity(ends[0::2], ends[1::2]))[:, None]
