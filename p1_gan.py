@@ -210,9 +210,9 @@ KEYS = {"script", "args", "step", "seconds", "model", "ema", "discriminator", "o
 LOG = ("step", "d_loss", "g_loss", "d_real", "d_fake", "images_per_s", "seconds")
 
 
-def save_checkpoint(args, nets, optims, step, seconds, log):
+def save_checkpoint(args, path, nets, optims, step, seconds, log):
     """Writes all that training needs to go on, and log.csv, whole or not at all. Returns what went wrong, or None. nets: (G, EMA of G, D)."""
-    path, temporary = Path(args.ckpt[0]), Path(f"{args.ckpt[0]}.tmp")
+    temporary = Path(f"{path}.tmp")
     rng = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(args.device)} if args.device.type == "cuda" else {})}
     state = {"script": "p1_gan", "args": {k: getattr(args, k) for k in SETTINGS}, "step": step, "seconds": seconds, "log": log, "rng": rng,
              **{k: net.state_dict() for k, net in zip(("model", "ema", "discriminator"), nets)}, "optim": [optim.state_dict() for optim in optims]}
@@ -263,6 +263,22 @@ def update_ema(ema, model, step, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(decay, (step - 1) / (step + 9)))
     for target, source in zip(ema.buffers(), model.buffers()):
         target.copy_(source)
+
+
+@torch.no_grad()
+def recalibrate(args, ema):
+    """Gives the averaged generator BatchNorm statistics of its own, over ten batches; copied ones belong to other weights (1809.11096, section 4)."""
+    for module in ema.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # a plain average
+    noise = torch.Generator().manual_seed(args.seed)  # training's random numbers stay as they are
+    ema.train()
+    for _ in range(10):
+        z, y = torch.randn(args.batch_size, Z, generator=noise), torch.randint(DIGITS, (args.batch_size,), generator=noise)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            ema(z.to(args.device), y.to(args.device))
+    ema.eval()
 
 
 def d_step(args, g, d, optim, images, labels, p):
@@ -345,21 +361,25 @@ def train(args):
                 update_ema(ema, g, step // args.n_critic, args.ema)
             total, count = total + torch.cat([parts[:1], loss_g[None], parts[1:]]), count + 1
             bar.update()
-            done, due = step == args.steps or bool(stop), time.perf_counter() - saved > 120
-            if step % 100 == 0 or done or due:
+            done, due, keep = step == args.steps or bool(stop), time.perf_counter() - saved > 120, args.keep and step % args.keep == 0
+            show = step % 500 == 0 or done
+            if args.ema and (due or keep or show):
+                recalibrate(args, ema)
+            if step % 100 == 0 or done or due or keep:
                 mean, now = (total / count).tolist(), seconds + time.perf_counter() - start
                 if not all(map(math.isfinite, mean)):
                     fail(f"losses are {mean[0]} (D) and {mean[1]} (G) at step {step}; {path} keeps the last good state, if any; try a lower --lr", code=1)
                 log.append((step, *(round(v, 5) for v in mean), round(count * args.batch_size / max(now - last, 1e-9), 1), round(now, 1)))
                 bar.set_postfix(D=f"{mean[0]:.3f}", G=f"{mean[1]:.3f}", images_per_s=f"{log[-1][-2]:.0f}")
                 total, count, last = torch.zeros_like(total), 0, now
-                if due and (problem := save_checkpoint(args, (g, ema, d), (optim_g, optim_d), step, now, log)):
-                    print(f"warning: {problem}; training goes on", file=sys.stderr)
+                for target in [path] * due + [path.with_name(f"{path.stem}_{step:06d}.pt")] * bool(keep):
+                    if problem := save_checkpoint(args, target, (g, ema, d), (optim_g, optim_d), step, now, log):
+                        print(f"warning: {problem}; training goes on", file=sys.stderr)
                 saved = time.perf_counter() if due else saved
-            if step % 500 == 0 or done:
+            if show:
                 write_png(path.with_name(f"{path.stem}_grids") / f"{step:06d}.png", sample_grid(ema.eval(), args.method, args.seed))
         seconds += time.perf_counter() - start
-        if problem := save_checkpoint(args, (g, ema, d), (optim_g, optim_d), step, seconds, log):
+        if problem := save_checkpoint(args, path, (g, ema, d), (optim_g, optim_d), step, seconds, log):
             fail(problem)
     finally:
         bar.close()
@@ -534,6 +554,7 @@ def parse_args(argv=None):
     add(g, "--steps", None, "updates of D", type=number(int, 1), shown="7000; --fast 300")
     g.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes: 300 steps")
     g.add_argument("--resume", action="store_true", help="go on from --ckpt exactly")
+    add(g, "--keep", 0, "also keep a checkpoint <ckpt>_<step>.pt every so many steps, for curves of quality over time; 0: none", type=number(int, 0))
     add(g, "--batch-size", 64, "images per step", type=number(int, 2))
     add(g, "--lr", None, "learning rate of G", type=number(float, 0), shown=preset("lr"))
     add(g, "--lr-d", None, "learning rate of D", type=number(float, 0), shown=preset("lr_d"))
