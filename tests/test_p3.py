@@ -4,6 +4,10 @@ import json
 import math
 import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -133,7 +137,8 @@ def test_sample_is_the_recipe(tiny):
 
 def test_eta(tiny):
     model, folder = tiny
-    noises, args = torch.randn(3, 3, 32, 32), p3.parse_args(["--device", "cpu", "--steps", "5"])
+    noises, args = torch.randn(3, 3, 32, 32), p3.parse_args(["--mode", "sample", "--device", "cpu", "--sample-steps", "5"])
+    args.own = False
     zero = p3.generate(model, noises, args)
     assert torch.equal(zero, p3.generate(model, noises, args))
     half = p3.generate(model, noises, args, 0.5)
@@ -161,8 +166,8 @@ def test_min_max_and_rounding():
 
 def test_figures_and_mse(tiny, capsys, error):
     _, folder = tiny
-    call(folder, "--mode", "eta-grid", "--out", str(folder / "figures"), "--steps", "2")
-    call(folder, "--mode", "interpolate", "--out", str(folder / "figures"), "--steps", "2")
+    call(folder, "--mode", "eta-grid", "--out", str(folder / "figures"), "--sample-steps", "2")
+    call(folder, "--mode", "interpolate", "--out", str(folder / "figures"), "--sample-steps", "2")
     assert sorted(os.listdir(folder / "figures")) == ["eta_grid.png", "interpolation.png"]
     norms = {m[0]: [float(v) for v in m[1].split()] for m in re.findall(r"norm, (\w+): (.*)", capsys.readouterr().out)}
     assert min(norms["slerp"]) > 0.95 * norms["slerp"][0] and norms["lerp"][5] < 0.8 * norms["lerp"][0]
@@ -190,9 +195,227 @@ def test_bad_input(tiny, error):
     torch.save({**state, "out.2.bias": torch.zeros(5)}, folder / "shape.pt")
     assert "another shape, for instance out.2.bias" in message("--ckpt", str(folder / "shape.pt"))
     (folder / "UNet.txt").write_text("x")
-    assert "not a readable state dict" in message("--ckpt", str(folder / "UNet.txt"))
+    assert "not a readable checkpoint or state dict" in message("--ckpt", str(folder / "UNet.txt"))
     assert "found 0 files" in message("--noise", str(folder / "nothing"))
     for bad, found in ((torch.zeros(1, 3, 33, 32), "(1, 3, 33, 32)"), (torch.zeros(3, 32, 32), "(3, 32, 32)"), (torch.zeros(1, 3, 32, 32).double(), "float64"), ([1], "list")):
         torch.save(bad, folder / "noise" / "00.pt")
         assert found in message()
     assert not (folder / "out").exists()
+
+
+# ------------------------------------------------------------------ samplers
+
+def gaussian(alpha_bar, m=0.3, c=0.2):
+    """The exact eps of data N(m, c^2), a linear score, and the map of its flow from t to s."""
+    def moments(t):
+        a = alpha_bar[t]
+        return a.sqrt() * m, (a * c**2 + 1 - a).sqrt()
+
+    def eps_model(x, t):
+        mean, sd = moments(t)
+        return (1 - alpha_bar[t]).sqrt() * (x - mean) / sd**2
+
+    def flow(x, t, s):
+        (mean, sd), (mean_s, sd_s) = moments(t), moments(s)
+        return mean_s + sd_s * (x - mean) / sd
+
+    return eps_model, flow
+
+
+@pytest.mark.parametrize("sampler, order, start, end", [(p3.ddim, 1, 981, 0), (p3.dpm_solver, 2, 999, None)])
+def test_order_of_convergence_on_a_gaussian(sampler, order, start, end):
+    """Against the exact flow: DDIM's error falls as 1 / steps, that of DPM-Solver++(2M) as 1 / steps^2."""
+    alpha_bar, x = p3.make_alpha_bar(), torch.linspace(-1.2, 1.2, 9, dtype=torch.float64)
+    eps_model, flow = gaussian(alpha_bar, c=0.5)
+    errors = []
+    for steps in (25, 50, 100):
+        times = p3.ddim_times(steps)
+        if end is None:
+            exact = flow(x, 999, 0)
+            exact = p3.predict_x0(exact, eps_model(exact, 0), alpha_bar[0].item())
+        else:
+            exact = flow(x, times[-1], 0)
+        errors.append((sampler(eps_model, x, alpha_bar, steps) - exact).abs().max().item())
+    assert errors[0] < 0.1 and all(math.log2(a / b) > order - 0.4 for a, b in zip(errors, errors[1:])), errors
+
+
+def test_ddpm_draws_from_the_gaussian():
+    alpha_bar, g = p3.make_alpha_bar(), torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, generator=g)
+    result = p3.ddpm(gaussian(alpha_bar)[0], x, alpha_bar, lambda: torch.randn(20_000, generator=g))
+    assert result.mean().item() == pytest.approx(0.3, abs=0.01) and result.std().item() == pytest.approx(0.2, rel=0.05)
+
+
+def test_inversion_undoes_sampling_on_a_linear_score():
+    """Solved to the end each step is undone; one iteration leaves the error of the usual inversion."""
+    alpha_bar = p3.make_alpha_bar()
+    eps_model, _ = gaussian(alpha_bar)
+    x = torch.linspace(-0.4, 0.9, 14, dtype=torch.float64)
+    errors = [(p3.ddim(eps_model, p3.ddim_inverse(eps_model, x, alpha_bar, 50, n), alpha_bar, 50) - x).abs().max().item() for n in (1, 3, 60)]
+    assert errors[2] < 1e-6 and errors[2] < 0.1 * errors[1] < 0.01 * errors[0], errors
+
+
+# ------------------------------------------------------------------ training
+
+TINY = ["--size", "16", "--channel", "32", "--multipliers", "1", "2", "--attention", "2", "--batch-size", "4", "--device", "cpu"]
+
+
+def train(path, steps, *more):
+    p3.main(["--mode", "train", "--steps", str(steps), "--ckpt", str(path), *TINY, *more])
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A checkpoint of three training steps on the built-in faces at 16x16."""
+    path = tmp_path_factory.mktemp("own") / "own.pt"
+    train(path, 3)
+    return path
+
+
+def test_loss_is_zero_for_the_exact_v_and_weighted_by_min_snr():
+    alpha_bar, x0 = p3.make_alpha_bar(), torch.rand(64, 3, 4, 4) * 2 - 1
+
+    def model(x, t):  # knows x0
+        a = alpha_bar[t].float().view(-1, 1, 1, 1)
+        return a.sqrt() * (x - a.sqrt() * x0) / (1 - a).sqrt() - (1 - a).sqrt() * x0
+
+    assert p3.diffusion_loss(model, x0, alpha_bar, 5.0).item() < 1e-6
+    snr = alpha_bar / (1 - alpha_bar)
+    weight = (snr.clamp(max=5) / (snr + 1)).mean().item()
+    torch.manual_seed(0)
+    one_off = p3.diffusion_loss(lambda x, t: model(x, t) + 1, x0.repeat(16, 1, 1, 1)[:64], alpha_bar, 5.0).item()
+    assert one_off == pytest.approx(weight, rel=0.05)
+
+
+def test_resume_is_bit_equal(tmp_path, monkeypatch):
+    """Six steps at once, and Ctrl-C after three with --resume: every tensor and the random state agree."""
+    whole, original, count = train(tmp_path / "whole.pt", 6, "--dropout", "0.2"), p3.diffusion_loss, []
+
+    def interrupted(*arguments):
+        count.append(1)
+        if len(count) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(p3, "diffusion_loss", interrupted)
+        train(tmp_path / "parts.pt", 6, "--dropout", "0.2")
+    assert stop.value.code == 130 and torch.load(tmp_path / "parts.pt", weights_only=True)["step"] == 3
+    parts = train(tmp_path / "parts.pt", 6, "--dropout", "0.2", "--resume")
+    assert parts["step"] == 6
+    for key in ("model", "ema"):
+        assert all(torch.equal(v, parts[key][k]) for k, v in whole[key].items())
+    for i, state in whole["optim"]["state"].items():
+        assert all(torch.equal(v, parts["optim"]["state"][i][k]) for k, v in state.items())
+    assert torch.equal(whole["rng"]["cpu"], parts["rng"]["cpu"])
+    assert re.match(r"step,loss,images_per_s,seconds\n3,.*\n6,", (tmp_path / "parts.log.csv").read_text())
+
+
+def test_training_learns(tmp_path):
+    log = train(tmp_path / "a.pt", 300, "--batch-size", "8")["log"]
+    assert log[-1][1] < 0.7 * log[0][1]  # means over steps 1-100 and 201-300
+
+
+def test_existing_checkpoint_is_not_overwritten(own, error):
+    before = own.read_bytes()
+    assert "--resume" in error(train, own, 6)
+    assert "lr 0.5 (checkpoint: 0.001)" in error(train, own, 9, "--resume", "--lr", "0.5")
+    assert own.read_bytes() == before
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(own, tmp_path, capsys):
+    state = torch.load(own, weights_only=True)
+    state["model"]["down1.weight"][0] = math.nan
+    torch.save(state, tmp_path / "nan.pt")
+    before = (tmp_path / "nan.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "nan.pt", 8, "--resume")
+    assert stop.value.code == 1 and "loss is nan" in capsys.readouterr().err and (tmp_path / "nan.pt").read_bytes() == before
+
+
+# ------------------------------------------------------------------ sampling and inversion with one's own network
+
+@pytest.mark.parametrize("sampler", [["--sampler", "dpm++", "--sample-steps", "4"], ["--sampler", "ddim", "--sample-steps", "4", "--eta", "0.5"]])
+def test_images_do_not_depend_on_batch_size_or_number(own, tmp_path, sampler):
+    def sample(out, *options):
+        p3.main(["--mode", "sample", "--ckpt", str(own), "--out", str(tmp_path / out), "--device", "cpu", "--precision", "float32", *sampler, *options])
+        return {name: np.array(Image.open(tmp_path / out / name)).astype(int) for name in sorted(os.listdir(tmp_path / out))}
+
+    ten = sample("ten", "--num", "10")
+    assert list(ten) == [f"{i:02d}.png" for i in range(10)] and ten["00.png"].shape == (16, 16, 3)
+    for other in (sample("batches", "--num", "10", "--batch-size", "3"), sample("few", "--num", "4")):
+        assert all(np.abs(image - ten[name]).max() <= 1 for name, image in other.items())
+    assert np.abs(sample("seed", "--num", "1", "--seed", "1")["00.png"] - ten["00.png"]).max() > 1
+
+
+def test_inversion_returns_the_image_and_its_noise_interpolates(own, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for name, colour in (("a", (200, 120, 90)), ("b", (30, 60, 200))):
+        Image.linear_gradient("L").resize((16, 16)).convert("RGB").point(lambda v, c=colour: v).save(tmp_path / "photos" / f"{name}.png")
+    p3.main(["--mode", "invert", "--ckpt", str(own), "--input", str(tmp_path / "photos"), "--out", str(tmp_path / "inverted"), "--device", "cpu", "--precision", "float32"])
+    assert float(re.search(r"PSNR of the reconstruction ([\d.]+)", capsys.readouterr().out)[1]) > 35
+    assert sorted(os.listdir(tmp_path / "inverted")) == ["a.png", "a.pt", "b.png", "b.pt"]
+    p3.main(["--mode", "interpolate", "--ckpt", str(own), "--noise", str(tmp_path / "inverted"), "--out", str(tmp_path / "figures"), "--sample-steps", "3", "--device", "cpu"])
+    p3.main(["--mode", "grid", "--ckpt", str(own), "--out", str(tmp_path / "figures"), "--sampler", "dpm++", "--sample-steps", "2", "--device", "cpu"])
+    assert sorted(os.listdir(tmp_path / "figures")) == ["first.png", "interpolation.png", "training.png"]
+
+
+def test_the_file_copied_alone_samples(own, tmp_path):
+    shutil.copy(ROOT / "p3_ddim.py", tmp_path)
+    shutil.copy(own, tmp_path / "model.pt")
+    code = "import sys; sys.modules['tqdm'] = sys.modules['matplotlib'] = sys.modules['sklearn'] = sys.modules['scipy'] = None; import p3_ddim; p3_ddim.main()"
+    result = subprocess.run([sys.executable, "-c", code, "--mode", "sample", "--ckpt", "model.pt", "--out", "faces", "--num", "3", "--sample-steps", "2"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(os.listdir(tmp_path / "faces")) == 3
+
+
+# ------------------------------------------------------------------ command line
+
+def test_readme():
+    commands = re.findall(r"^python p3_ddim.py (--mode .*?)(?:  +#.*)?$", (ROOT / "README.md").read_text(), re.M)
+    for command in commands:
+        p3.parse_args(command.split())
+    assert len(commands) >= 3
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        p3.main(["-h"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and all("(default:" in part.split("\n  --")[0] for part in out.split("--sampler")[-1:])
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--lr", "-1"], ["--mode", "fly"], ["--size", "36"], ["--mode", "noise", "--size", "100"], ["--channel", "33"], ["--patch", "3"],
+                                       ["--mode", "sample", "--eta", "0", "1"], ["--eta", "2"], ["--sample-steps", "501"], ["--device", "tpu"]])
+def test_wrong_options(arguments, error):
+    error(p3.main, arguments)
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_bad_checkpoints(own, tmp_path, error):
+    def message(path, *more):
+        return error(p3.main, ["--mode", "sample", "--ckpt", str(path), "--out", str(tmp_path / "out"), "--device", "cpu", *more])
+
+    (tmp_path / "short.pt").write_bytes(own.read_bytes()[:-1000])
+    assert "not a readable" in message(tmp_path / "short.pt")
+    torch.save({"script": "p1_gan", "args": {}}, tmp_path / "p1.pt")
+    assert "found p1_gan" in message(tmp_path / "p1.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    assert "427 entries missing" in message(tmp_path / "tensor.pt")
+    torch.save(Hostile(tmp_path / "executed"), tmp_path / "hostile.pt")
+    assert "not a readable" in message(tmp_path / "hostile.pt") and not (tmp_path / "executed").exists()
+    torch.save(torch.load(own, weights_only=True)["ema"], tmp_path / "state.pt")
+    assert "without the state of training" in error(train, tmp_path / "state.pt", 9, "--resume")
+    (tmp_path / "noise").mkdir()
+    torch.save(torch.zeros(1, 3, 18, 16), tmp_path / "noise" / "00.pt")
+    assert "found (1, 3, 18, 16) torch.float32" in message(own, "--noise", str(tmp_path / "noise"))
+    assert "looked for" in error(train, tmp_path / "new.pt", 2, "--data", str(tmp_path))
+    assert not (tmp_path / "out").exists()
