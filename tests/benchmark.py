@@ -1,5 +1,7 @@
 """Speed, measured, never asserted. Run it with nothing else on the machine.
 
+  python tests/benchmark.py p1 --data DIR                                   # training and sampling speed of the GANs
+  python tests/benchmark.py fid --data DIR --num 1000                       # common.py fid beside pytorch-fid (pip install pytorch-fid), random weights
   python tests/benchmark.py p2                                              # training and sampling speed
   python tests/benchmark.py p2 --ckpt FILE --data DIR --num 100             # with the accuracy of each sampler
   python tests/benchmark.py p4 --data DIR                                   # training speed, beside the usual float32 loop over PNG files
@@ -29,6 +31,73 @@ def in_turn(calls, rounds):
             if i:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def p1(options):
+    import common
+    import p1_gan as p1
+    device = p1.parse_args(["--device", options.device]).device
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} threads'}")
+    faces = common.load_faces(options.data, "train").to(device)
+    digits, labels = (v.to(device) for v in common.load_digits(options.data, "mnistm", "train"))
+
+    def training(method, precision):
+        args = p1.parse_args(["--method", method, "--device", options.device, "--precision", precision])
+        g, d = p1.build(args)
+        optim_g, optim_d = (torch.optim.AdamW(net.parameters(), 2e-4, (args.beta1, args.beta2), fused=True) for net in (g, d))
+
+        def steps():
+            for step in range(args.n_critic):
+                p1.d_step(args, g, d, optim_d, *((digits, labels) if method == "acgan" else (faces, None)), 0.5)
+            p1.g_step(args, g, d, optim_g)
+        return steps, args.n_critic
+
+    print("\n| training, batches of 64 | float32 images/s | bf16 images/s | gain |\n|---|---|---|---|")
+    for method in p1.PRESETS:
+        precisions = ("float32", "bf16") if p1.bf16_available(device) else ("float32",)
+        calls = {precision: training(method, precision) for precision in precisions}
+        seconds = in_turn({name: call for name, (call, _) in calls.items()}, rounds=5)
+        speed = [64 * calls[name][1] / s for name, s in seconds.items()]
+        print(f"| {method} | {speed[0]:.0f} | " + (f"{speed[1]:.0f} | {speed[1] / speed[0]:.2f}x |" if len(speed) > 1 else "- | - |"), flush=True)
+    for method in ("sngan", "acgan"):
+        model, _ = p1.build(p1.parse_args(["--method", method, "--device", options.device]))
+        y = torch.arange(1000) % 10 if method == "acgan" else None
+        z = p1.latents([(i,) for i in range(1000)], 0)
+        s = in_turn({"sample": lambda: [p1.generate(model.eval(), z[i:i + 100], None if y is None else y[i:i + 100]) for i in range(0, 1000, 100)]}, rounds=3)["sample"]
+        print(f"1000 images of {method}'s generator: {s:.1f} s without writing them")
+
+
+def fid(options):
+    """Wall times of common.py fid and of pytorch-fid on the same folders and weights, each in a process of its own, cold, and again with the reference cached."""
+    import os
+    import subprocess
+
+    import common
+    with tempfile.TemporaryDirectory() as folder:
+        weights, real, made = Path(folder) / "random.pth", Path(folder) / "real", Path(folder) / "made"
+        torch.manual_seed(0)
+        net = common.inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+        net.Mixed_7c = common.MaxPoolE(2048)
+        for module in net.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight)
+        torch.save(net.state_dict(), weights)
+        for path, images in ((real, common.load_faces(options.data, "val")), (made, common.load_faces(options.data, "train")[:options.num])):
+            path.mkdir()
+            for i, image in enumerate(images):
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path / f"{i:05d}.png")
+        theirs = ("import sys, torch, pytorch_fid.inception as i; w = sys.argv.pop(1); i.load_state_dict_from_url = lambda *a, **k: torch.load(w, weights_only=True); "
+                  "from pytorch_fid.fid_score import main; main()")
+        ours, environment = [sys.executable, common.__file__, "fid", str(made), str(real), "--inception", str(weights)], os.environ | {"XDG_CACHE_HOME": folder}
+        calls = {"pytorch-fid": [sys.executable, "-c", theirs, str(weights), str(made), str(real)], "common.py fid, cold": ours, "common.py fid, reference cached": ours}
+        seconds = []
+        print(f"{len(list(made.iterdir()))} against {len(list(real.iterdir()))} images, torch {torch.__version__}, {torch.get_num_threads()} threads\n\n| | seconds | of pytorch-fid | prints |\n|---|---|---|---|")
+        for name, call in calls.items():
+            start = time.perf_counter()
+            out = subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout
+            seconds.append(time.perf_counter() - start)
+            number = next(line for line in out.splitlines() if line.startswith(("FID", "Frechet")))
+            print(f"| {name} | {seconds[-1]:.1f} | {seconds[-1] / seconds[0]:.2f} | {number} |", flush=True)
 
 
 def p2(options):
@@ -167,10 +236,10 @@ def p4(options):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["p2", "p4"])
+    p.add_argument("what", choices=["p1", "p2", "p4", "fid"])
     p.add_argument("--ckpt", help="trained checkpoint with the classifier of --mode eval beside it (default: an untrained network, no accuracy)")
     p.add_argument("--data", help="as in the scripts (default: built-in data)")
-    p.add_argument("--num", type=int, default=100, help="images per digit; DDPM makes a fifth of them (default: 100)")
+    p.add_argument("--num", type=int, default=100, help="p2: images per digit, DDPM makes a fifth of them; fid: generated images (default: 100)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     options = p.parse_args()
-    {"p2": p2, "p4": p4}[options.what](options)
+    {"p1": p1, "p2": p2, "p4": p4, "fid": fid}[options.what](options)
