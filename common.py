@@ -14,6 +14,7 @@ Decoded PNG folders are cached in $XDG_CACHE_HOME (or ~/.cache), keyed by every 
 """
 import argparse
 import csv
+import fcntl
 import functools
 import hashlib
 import json
@@ -41,6 +42,26 @@ def fail(message):
     """Wrong usage or input: one line on standard error, exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+LOCKS = {}  # the open files of claim_checkpoint
+
+
+def claim_checkpoint(ckpt, resume):
+    """Before training: refuses to overwrite without `resume`, makes the folder, sees that it can be written, and keeps other processes of this machine out until this one ends."""
+    if Path(ckpt).exists() and not resume:
+        fail(f"--ckpt {ckpt}: exists; go on with --resume, or give another --ckpt")
+    Path(ckpt).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{ckpt}.tmp").touch()  # an unwritable folder shows now, not after hours
+    Path(f"{ckpt}.tmp").unlink()
+    name = hashlib.sha256(str(Path(ckpt).resolve()).encode()).hexdigest()[:32]
+    if name not in LOCKS:
+        file = open(Path(tempfile.gettempdir()) / f"p1-p4-{name}.lock", "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"--ckpt {ckpt}: another process is training into it; wait for it, or give another --ckpt")
+        LOCKS[name] = file
 
 
 # ------------------------------------------------------------------ images on disk

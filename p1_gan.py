@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
@@ -212,6 +213,8 @@ LOG = ("step", "d_loss", "g_loss", "d_real", "d_fake", "images_per_s", "seconds"
 
 def save_checkpoint(args, path, nets, optims, step, seconds, log):
     """Writes all that training needs to go on, and log.csv, whole or not at all. Returns what went wrong, or None. nets: (G, EMA of G, D)."""
+    if args.rank:
+        return None
     temporary = Path(f"{path}.tmp")
     rng = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(args.device)} if args.device.type == "cuda" else {})}
     state = {"script": "p1_gan", "args": {k: getattr(args, k) for k in SETTINGS}, "step": step, "seconds": seconds, "log": log, "rng": rng,
@@ -283,7 +286,7 @@ def recalibrate(args, ema):
 
 def d_step(args, g, d, optim, images, labels, p):
     """D step: tell real from generated images (hinge, cross-entropy or Wasserstein), and for acgan real digits from one another. Returns (loss, D(x), D(G(z))), means."""
-    i = torch.randint(len(images), (args.batch_size,), device=args.device)
+    i = torch.randint(len(images), (args.batch_size // args.world,), device=args.device)
     real, y = images[i].float() / 127.5 - 1, labels[i] if labels is not None else None
     if args.flip:
         real = torch.where(torch.rand(len(real), 1, 1, 1, device=args.device) < 0.5, real.flip(3), real)
@@ -302,6 +305,7 @@ def d_step(args, g, d, optim, images, labels, p):
         loss = loss + args.r1 * r1_penalty(lambda x: d(x)[0], real)
     optim.zero_grad()
     loss.backward()
+    average_gradients(d, args)
     optim.step()
     show = torch.sigmoid if args.method == "dcgan" else lambda v: v
     return torch.stack([loss.detach(), show(real_logits.detach().float()).mean(), show(fake_logits.detach().float()).mean()])
@@ -309,14 +313,16 @@ def d_step(args, g, d, optim, images, labels, p):
 
 def g_step(args, g, d, optim):
     """G step: make D take generated images for real, and for acgan read the digit that was asked for. Returns the loss."""
-    y = torch.randint(DIGITS, (args.batch_size,), device=args.device) if args.method == "acgan" else None
+    b = args.batch_size // args.world
+    y = torch.randint(DIGITS, (b,), device=args.device) if args.method == "acgan" else None
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16), parametrize.cached():
-        logits, digits = d(diffaugment(g(torch.randn(args.batch_size, Z, device=args.device), y).float(), args.diffaugment))
+        logits, digits = d(diffaugment(g(torch.randn(b, Z, device=args.device), y).float(), args.diffaugment))
         loss = g_loss(args.method, logits.float())
         if y is not None:
             loss = loss + F.cross_entropy(digits.float(), y)
     optim.zero_grad()
     loss.backward(inputs=list(g.parameters()))
+    average_gradients(g, args)
     optim.step()
     return loss.detach()
 
@@ -326,15 +332,42 @@ def rate(decay, p):
     return {"none": 1.0, "linear": 1 - p, "step": 0.5 ** ((p >= 0.5) + (p >= 0.75))}[decay]
 
 
+def join(args):
+    """Under torchrun: joins the other processes (gloo, on GPUs nccl); each takes its share of --batch-size."""
+    if args.batch_size % args.world:
+        fail(f"--batch-size {args.batch_size}: expected a multiple of the {args.world} processes")
+    if args.world > 1:
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    if args.rank:  # one of them talks and writes
+        sys.stdout = open(os.devnull, "w")
+
+
+def any_process(stop, args):
+    """True in all processes where one of them was told to stop."""
+    if args.world == 1:
+        return bool(stop)
+    flag = torch.tensor(float(bool(stop)), device=args.device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+
+def average_gradients(net, args):
+    """Under torchrun: the mean of the processes' gradients. DistributedDataParallel does not go with the penalties' second derivatives."""
+    if args.world > 1:
+        gradients = [p.grad for p in net.parameters()]
+        flat = torch.cat([v.flatten() for v in gradients]) / args.world
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([v.numel() for v in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
 def train(args):
     """Trains for --steps updates of D; Ctrl-C saves and exits with 130. Every 500 steps a grid of fixed noises goes beside --ckpt."""
-    from common import load_digits, load_faces
+    from common import claim_checkpoint, load_digits, load_faces
     path = Path(args.ckpt[0])
-    if path.exists() and not args.resume:
-        fail(f"--ckpt {path}: exists; go on with --resume, or give another --ckpt")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.tmp").touch()  # an unwritable folder shows now, not after hours
-    Path(f"{path}.tmp").unlink()
+    join(args)
+    if args.rank == 0:
+        claim_checkpoint(path, args.resume)
     images, labels = (v.to(args.device) for v in load_digits(args.data, "mnistm", "train")) if args.method == "acgan" else (load_faces(args.data, "train").to(args.device), None)
     args.images = [len(images), images.sum().item()]  # --resume asks for the same
     torch.manual_seed(args.seed)
@@ -344,9 +377,11 @@ def train(args):
     step, seconds, log = resume(args, (g, ema, d), (optim_g, optim_d)) if args.resume else (0, 0.0, [])
     print(f"{args.method}: G {sum(p.numel() for p in g.parameters()):,} parameters, D {sum(p.numel() for p in d.parameters()):,}, {len(images):,} images, "
           f"{args.steps * args.batch_size / len(images):.0f} epochs, {args.device}, {'bf16' if args.bf16 else 'float32'}", flush=True)
-    stop, show = [], []
+    if args.rank:
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, step, args.rank]).generate_state(1)[0]))  # every process draws images and noise of its own
+    stop = []
     handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", mininterval=1 if sys.stderr.isatty() else 60)
+    bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", disable=args.rank > 0, mininterval=1 if sys.stderr.isatty() else 60)
     start = saved = time.perf_counter()
     total, count, last, done, loss_g = torch.zeros(4, device=args.device), 0, seconds, step >= args.steps, torch.zeros((), device=args.device)
     try:
@@ -361,7 +396,7 @@ def train(args):
                 update_ema(ema, g, step // args.n_critic, args.ema)
             total, count = total + torch.cat([parts[:1], loss_g[None], parts[1:]]), count + 1
             bar.update()
-            done, due, keep = step == args.steps or bool(stop), time.perf_counter() - saved > 120, args.keep and step % args.keep == 0
+            done, due, keep = step == args.steps or any_process(stop, args), time.perf_counter() - saved > 120, args.keep and step % args.keep == 0
             show = step % 500 == 0 or done
             if args.ema and (due or keep or show):
                 recalibrate(args, ema)
@@ -376,13 +411,15 @@ def train(args):
                     if problem := save_checkpoint(args, target, (g, ema, d), (optim_g, optim_d), step, now, log):
                         print(f"warning: {problem}; training goes on", file=sys.stderr)
                 saved = time.perf_counter() if due else saved
-            if show:
+            if show and args.rank == 0:
                 write_png(path.with_name(f"{path.stem}_grids") / f"{step:06d}.png", sample_grid(ema.eval(), args.method, args.seed))
         seconds += time.perf_counter() - start
         if problem := save_checkpoint(args, path, (g, ema, d), (optim_g, optim_d), step, seconds, log):
             fail(problem)
     finally:
         bar.close()
+        if args.world > 1:
+            dist.destroy_process_group()
         for name, handler in handlers.items():
             signal.signal(name, handler)
     print(f"{path}: step {step}, {seconds:.0f} s of training")
@@ -432,6 +469,7 @@ def sample(args):
     if others:
         print(f"warning: {out} holds {len(others)} other entries ({', '.join(others[:20])}{', ...' if others[20:] else ''}); "
               "graders read every file: use an empty folder", file=sys.stderr)
+    keys, names = keys[args.rank::args.world], names[args.rank::args.world]
     start = time.perf_counter()
     for i in tqdm(range(0, len(keys), 100), desc="sample", unit="batch"):
         batch = keys[i:i + 100]
@@ -580,11 +618,14 @@ def parse_args(argv=None):
     if len(args.ckpt) > 1 and args.mode != "grid":
         fail(f"--ckpt {' '.join(args.ckpt)}: --mode {args.mode} takes one; only grid shows several")
     args.out = args.out or {"sample": "samples", "grid": "figures"}.get(args.mode)
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     try:
         args.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
         torch.empty(1, device=args.device)
         if args.device.type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu or cuda")
+        if args.device.type == "cuda" and args.world > 1:
+            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     except (RuntimeError, AssertionError) as e:
         fail(f"--device {args.device}: not available here ({str(e).splitlines()[0]}); use --device cpu")
     args.bf16 = bf16_available(args.device) if args.precision == "auto" else args.precision == "bf16"

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
@@ -311,6 +312,8 @@ KEYS = {"script", "args", "step", "seconds", "model", "ema", "optim", "rng", "lo
 
 def save_checkpoint(args, model, ema, optim, step, seconds, log):
     """Writes all that training needs to go on, and log.csv, whole or not at all. Returns what went wrong, or None."""
+    if args.rank:
+        return None
     path, temporary = Path(args.ckpt), Path(f"{args.ckpt}.tmp")
     rng = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(args.device)} if args.device.type == "cuda" else {})}
     state = {"script": "p2_diffusion", "args": {k: getattr(args, k) for k in NETWORK + TRAINING}, "step": step, "seconds": seconds,
@@ -366,14 +369,31 @@ def update_ema(ema, model, step):
         target.copy_(source)
 
 
+def join(args):
+    """Under torchrun: joins the other processes (gloo, on GPUs nccl); each takes its share of --batch-size."""
+    if args.batch_size % args.world:
+        fail(f"--batch-size {args.batch_size}: expected a multiple of the {args.world} processes")
+    if args.world > 1:
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    if args.rank:  # one of them talks and writes
+        sys.stdout = open(os.devnull, "w")
+
+
+def any_process(stop, args):
+    """True in all processes where one of them was told to stop."""
+    if args.world == 1:
+        return bool(stop)
+    flag = torch.tensor(float(bool(stop)), device=args.device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+
 def train(args):
     """Trains on MNIST-M for --steps steps; Ctrl-C saves and exits with 130."""
-    from common import load_digits
-    if Path(args.ckpt).exists() and not args.resume:
-        fail(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
-    Path(args.ckpt).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{args.ckpt}.tmp").touch()  # an unwritable folder shows now, not after hours
-    Path(f"{args.ckpt}.tmp").unlink()
+    from common import claim_checkpoint, load_digits
+    join(args)
+    if args.rank == 0:
+        claim_checkpoint(args.ckpt, args.resume)
     images, labels = (v.to(args.device) for v in load_digits(args.data, "mnistm", "train"))
     args.images = [len(images), images.sum().item()]  # --resume asks for the same
     torch.manual_seed(args.seed)
@@ -382,21 +402,24 @@ def train(args):
     optim = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     step, seconds, log = resume(args, model, ema, optim) if args.resume else (0, 0.0, [])
     alpha_bar = make_alpha_bar(args.schedule, args.T).to(args.device)
+    net = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
+    if args.rank:
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, step, args.rank]).generate_state(1)[0]))  # every process draws images and noise of its own
     print(f"{args.arch}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}", flush=True)
     stop = []
     handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", mininterval=1 if sys.stderr.isatty() else 60)
+    bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", disable=args.rank > 0, mininterval=1 if sys.stderr.isatty() else 60)
     start = saved = time.perf_counter()
-    total, count, last = 0.0, 0, seconds
+    total, count, last, done = 0.0, 0, seconds, step >= args.steps
     try:
-        while step < args.steps and not stop:
-            i = torch.randint(len(images), (args.batch_size,), device=args.device)
+        while not done:
+            i = torch.randint(len(images), (args.batch_size // args.world,), device=args.device)
             x0 = images[i].float() / 127.5 - 1
-            y = labels[i].masked_fill(torch.rand(args.batch_size, device=args.device) < args.label_dropout, NULL)
+            y = labels[i].masked_fill(torch.rand(len(i), device=args.device) < args.label_dropout, NULL)
             # warm-up, then 1/sqrt decay: like the EMA it does not depend on --steps, so that a run can be prolonged (2312.02696)
             optim.param_groups[0]["lr"] = args.lr * min((step + 1) / 200, 1) / max(step / 5000, 1) ** 0.5
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-                loss = diffusion_loss(model, x0, y, alpha_bar, args.prediction, args.gamma)
+                loss = diffusion_loss(net, x0, y, alpha_bar, args.prediction, args.gamma)
             optim.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -405,8 +428,8 @@ def train(args):
             update_ema(ema, model, step)
             total, count = total + loss.detach() + 0 * norm, count + 1  # 0 * inf is NaN: gradients are checked with the loss
             bar.update()
-            due = time.perf_counter() - saved > 120
-            if step % 100 == 0 or step == args.steps or stop or due:
+            done, due = step == args.steps or any_process(stop, args), time.perf_counter() - saved > 120
+            if step % 100 == 0 or done or due:
                 mean, now = total.item() / count, seconds + time.perf_counter() - start
                 if not math.isfinite(mean):
                     fail(f"loss is {mean} at step {step}; {args.ckpt} keeps the last good state, if any; try a lower --lr", code=1)
@@ -421,10 +444,12 @@ def train(args):
             fail(problem)
     finally:
         bar.close()
+        if args.world > 1:
+            dist.destroy_process_group()
         for name, handler in handlers.items():
             signal.signal(name, handler)
     print(f"{args.ckpt}: step {step}, {seconds:.0f} s of training")
-    if stop:
+    if step < args.steps:
         print("stopped; go on with --resume", file=sys.stderr)
         raise SystemExit(130)
 
@@ -491,6 +516,7 @@ def sample(args):
     if others:
         print(f"warning: {out} holds {len(others)} other entries ({', '.join(others[:20])}{', ...' if others[20:] else ''}); "
               "graders read every file: use an empty folder", file=sys.stderr)
+    pairs = pairs[args.rank::args.world]
     start = time.perf_counter()
     for i in tqdm(range(0, len(pairs), args.batch_size), desc="sample", unit="batch"):
         batch = pairs[i:i + args.batch_size]
@@ -608,11 +634,14 @@ def parse_args(argv=None):
     args.batch_size = args.batch_size or (100 if args.mode != "train" else 32 if args.fast else 64)
     args.ckpt = args.ckpt or f"checkpoints/p2_diffusion_{args.arch}.pt"
     args.out = args.out or {"sample": "samples", "grid": "figures"}.get(args.mode)
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     try:
         args.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
         torch.empty(1, device=args.device)
         if args.device.type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu or cuda")
+        if args.device.type == "cuda" and args.world > 1:
+            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     except (RuntimeError, AssertionError) as e:
         fail(f"--device {args.device}: not available here ({str(e).splitlines()[0]}); use --device cpu")
     args.bf16 = bf16_available(args.device) if args.precision == "auto" else args.precision == "bf16"

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
@@ -304,6 +305,8 @@ def build(args):
 
 def save_checkpoint(args, model, ema, optim, step, seconds, log):
     """Writes all that training needs to go on, and log.csv, whole or not at all. Returns what went wrong, or None."""
+    if args.rank:
+        return None
     path, temporary = Path(args.ckpt), Path(f"{args.ckpt}.tmp")
     rng = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(args.device)} if args.device.type == "cuda" else {})}
     state = {"script": "p3_ddim", "args": {k: getattr(args, k) for k in NETWORK + TRAINING}, "step": step, "seconds": seconds,
@@ -357,14 +360,31 @@ def update_ema(ema, model, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - (1 - 1 / step) ** 17)
 
 
+def join(args):
+    """Under torchrun: joins the other processes (gloo, on GPUs nccl); each takes its share of --batch-size."""
+    if args.batch_size % args.world:
+        fail(f"--batch-size {args.batch_size}: expected a multiple of the {args.world} processes")
+    if args.world > 1:
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    if args.rank:  # one of them talks and writes
+        sys.stdout = open(os.devnull, "w")
+
+
+def any_process(stop, args):
+    """True in all processes where one of them was told to stop."""
+    if args.world == 1:
+        return bool(stop)
+    flag = torch.tensor(float(bool(stop)), device=args.device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+
 def train(args):
     """Trains on face/train for --steps steps; Ctrl-C saves and exits with 130."""
-    from common import load_faces
-    if Path(args.ckpt).exists() and not args.resume:
-        fail(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
-    Path(args.ckpt).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{args.ckpt}.tmp").touch()  # an unwritable folder shows now, not after hours
-    Path(f"{args.ckpt}.tmp").unlink()
+    from common import claim_checkpoint, load_faces
+    join(args)
+    if args.rank == 0:
+        claim_checkpoint(args.ckpt, args.resume)
     images = load_faces(args.data, "train", args.size).to(args.device)
     args.images = [len(images), images.sum().item()]  # --resume asks for the same
     torch.manual_seed(args.seed)
@@ -373,21 +393,24 @@ def train(args):
     optim = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     step, seconds, log = resume(args, model, ema, optim) if args.resume else (0, 0.0, [])
     alpha_bar = make_alpha_bar().to(args.device)
+    net = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
+    if args.rank:
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, step, args.rank]).generate_state(1)[0]))  # every process draws images and noise of its own
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images of {args.size}x{args.size}, "
           f"{args.steps * args.batch_size / len(images):.0f} epochs, {args.device}, {'bf16' if args.bf16 else 'float32'}", flush=True)
     stop = []
     handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", mininterval=1 if sys.stderr.isatty() else 60)
+    bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", disable=args.rank > 0, mininterval=1 if sys.stderr.isatty() else 60)
     start = saved = time.perf_counter()
     total, count, last, done = 0.0, 0, seconds, step >= args.steps
     try:
         while not done:
-            x0 = images[torch.randint(len(images), (args.batch_size,), device=args.device)].float() / 127.5 - 1
+            x0 = images[torch.randint(len(images), (args.batch_size // args.world,), device=args.device)].float() / 127.5 - 1
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=args.device) < 0.5, x0.flip(3), x0)
             # warm-up, then 1/sqrt decay: like the EMA it does not depend on --steps, so that a run can be prolonged (2312.02696)
             optim.param_groups[0]["lr"] = args.lr * min((step + 1) / 200, 1) / max(step / 5000, 1) ** 0.5
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-                loss = diffusion_loss(model, x0, alpha_bar, args.gamma)
+                loss = diffusion_loss(net, x0, alpha_bar, args.gamma)
             optim.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -396,7 +419,7 @@ def train(args):
             update_ema(ema, model, step)
             total, count = total + loss.detach() + 0 * norm, count + 1  # 0 * inf is NaN: gradients are checked with the loss
             bar.update()
-            done, due = step == args.steps or bool(stop), time.perf_counter() - saved > 120
+            done, due = step == args.steps or any_process(stop, args), time.perf_counter() - saved > 120
             if step % 100 == 0 or done or due:
                 mean, now = total.item() / count, seconds + time.perf_counter() - start
                 if not math.isfinite(mean):
@@ -412,6 +435,8 @@ def train(args):
             fail(problem)
     finally:
         bar.close()
+        if args.world > 1:
+            dist.destroy_process_group()
         for name, handler in handlers.items():
             signal.signal(name, handler)
     print(f"{args.ckpt}: step {step}, {seconds:.0f} s of training")
@@ -526,6 +551,7 @@ def sample(args):
     names, noises = load_noises(args, model)
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    names, noises = names[args.rank::args.world], noises[args.rank::args.world]
     for name, image in zip(names, generate(model, noises, args, args.eta[0])):
         write_png(out / f"{name}.png", image)
     print(f"{len(names)} images in {out}: {time.perf_counter() - start:.1f} s, {how(args)}")
@@ -713,11 +739,14 @@ def parse_args(argv=None):
     if len(args.eta) > 1 and args.mode != "eta-grid":
         fail(f"--eta {' '.join(map(str, args.eta))}: --mode {args.mode} takes one; only eta-grid shows several")
     args.out = args.out or {"sample": "samples", "noise": "noise", "invert": "inverted", "eval": None}.get(args.mode, "figures")
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     try:
         args.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
         torch.empty(1, device=args.device)
         if args.device.type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu or cuda")
+        if args.device.type == "cuda" and args.world > 1:
+            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     except (RuntimeError, AssertionError) as e:
         fail(f"--device {args.device}: not available here ({str(e).splitlines()[0]}); use --device cpu")
     args.bf16 = bf16_available(args.device) if args.precision == "auto" else args.precision == "bf16"

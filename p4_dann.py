@@ -303,14 +303,10 @@ def losses(args, model, ema, x, y, u, p):
 
 def train(args):
     """Trains --method for --steps steps; Ctrl-C saves and exits with 130. No label of the target is used (--method target: all of its)."""
-    from common import load_digits
+    from common import claim_checkpoint, load_digits
     from tqdm import tqdm
     path = args.ckpt[0]
-    if Path(path).exists() and not args.resume:
-        fail(f"--ckpt {path}: exists; go on with --resume, or give another --ckpt")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.tmp").touch()  # an unwritable folder shows now, not after hours
-    Path(f"{path}.tmp").unlink()
+    claim_checkpoint(path, args.resume)
     images, labels, target = load_training_set(args)
     val, truth = load_digits(args.data, args.target, "val")  # for the accuracy that is printed
     torch.manual_seed(args.seed)
