@@ -1,6 +1,7 @@
 """What the four scripts share: data sets as tensors, digit accuracy, FID, KID and IS, labelled picture grids.
 
   python common.py fid GENERATED REFERENCE      # folders of images; REFERENCE may be an .npz with mu and sigma, as pytorch-fid writes it
+  python common.py data OUT [--from DIR]        # the course's layout from the original data sets, downloaded or in DIR
 
 A data set is one uint8 tensor (N, 3, H, W) and one int64 tensor (N,) of labels. `load_digits` looks for, in this order,
 
@@ -16,12 +17,15 @@ import argparse
 import csv
 import fcntl
 import functools
+import gzip
 import hashlib
 import json
 import os
 import re
 import sys
+import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -204,8 +208,8 @@ def load_digits(root, domain, split):
         fail(f"--data {root}: the {domain} files of the torchvision layout are damaged ({type(e).__name__}: {e}); download them again")
 
 
-def torchvision_digits(root, domain, split):
-    """`load_digits` from the files that torchvision.datasets downloads; RuntimeError or FileNotFoundError if they are not there."""
+def torchvision_digits(root, domain, split, photographs=None):
+    """`load_digits` from the files that torchvision.datasets downloads, MNIST-M's photographs in another folder if given; RuntimeError or FileNotFoundError if they are not there."""
     import scipy.io
     from torchvision import datasets
     train = split == "train"
@@ -222,7 +226,8 @@ def torchvision_digits(root, domain, split):
         grey = torch.from_numpy(data.data)[:, None].float()
         return to_rgb(F.interpolate(grey, (28, 28), mode="bilinear").round().byte()), torch.tensor(data.targets)
     data = datasets.MNIST(str(root), train=train)
-    files = sorted(root.glob("BS[DR]*/**/*.jpg")) or sorted(p for p in root.rglob("*.jpg") if "celeba" not in p.parts)
+    folder = photographs or root
+    files = sorted(folder.glob("BS[DR]*/**/*.jpg")) or sorted(p for p in folder.rglob("*.jpg") if "celeba" not in str(p.relative_to(folder)))
     photographs = [p for p in map(read_image, files) if min(p.shape[:2]) >= 28]
     if not photographs:
         raise RuntimeError("no photographs")
@@ -246,6 +251,118 @@ def blend(digits, photographs, seed):
         y, x = rng.integers(photo.shape[0] - h + 1), rng.integers(photo.shape[1] - w + 1)
         out[i] = np.abs(photo[y:y + h, x:x + w].astype(np.int16) - digit[:, :, None])
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
+
+
+# ------------------------------------------------------------------ the course's layout from the original data sets
+
+BSDS500 = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/BSR/BSR_bsds500.tgz"
+SPLIT = {"mnistm": (44_800, 11_200, 70_000), "usps": (5_950, 1_488, 9_298), "svhn": (63_544, 15_887, 99_289), "face": (38_464, 2_025, 42_621)}  # the course's train, val, all
+
+
+def make_data(out, source=None):
+    """Writes the course's layout of 2022 and 2023 into `out`: digits/DOMAIN/{data,train.csv,val.csv,test.csv} and face/{train,val,test}.
+
+    Made from MNIST with BSDS500's photographs, USPS, SVHN and CelebA: torchvision's files or the archives as they are published, in the folder
+    `source`, or else downloaded into out/downloads, where torchvision checks their MD5. The split is seeded, in the course's sizes or, from fewer images,
+    proportions; what the course keeps to itself becomes test. Says what it cannot get and goes on; a part that is there is not made again. Returns what is missing.
+    """
+    out, missing = Path(out), []
+    root = Path(source) if source else out / "downloads"
+    for part in SPLIT:
+        folder = out / "face" if part == "face" else out / "digits" / part
+        if folder.exists():
+            print(f"{folder}: is there")
+            continue
+        try:
+            if source is None:
+                download(root, part)
+            partial = folder.with_name(f"{folder.name}.partial")  # renamed when complete
+            counts = (write_faces if part == "face" else write_digits)(partial, *original(root, out, part))
+            os.replace(partial, folder)
+            print(f"{folder}: {counts[0]:,} train, {counts[1]:,} val, {counts[2]:,} test images")
+        except Exception as e:  # no network, a quota, a file that is not there or damaged: the other parts do not need it
+            missing.append(part)
+            print(f"{folder}: cannot be made ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); put the files into a folder and pass --from", file=sys.stderr)
+    return missing
+
+
+def download(root, part):
+    """The part's files from where torchvision has them (BSDS500: Berkeley) into `root`; files that are complete are kept."""
+    from torchvision import datasets
+    if part == "mnistm":
+        datasets.MNIST(str(root), download=True)
+        if not (root / "BSR_bsds500.tgz").is_file():
+            torch.hub.download_url_to_file(BSDS500, str(root / "BSR_bsds500.tgz"))
+    elif part == "face":
+        datasets.CelebA(str(root), download=True)
+    else:
+        for split in (True, False):
+            datasets.USPS(str(root), train=split, download=True) if part == "usps" else datasets.SVHN(str(root), "train" if split else "test", download=True)
+
+
+def original(root, out, part):
+    """Digits: (uint8 (N, 3, 28, 28), int64 (N,)), torchvision's training and test part together; faces: (paths,)."""
+    if part == "face":
+        folder, archive = next((root / d / "img_align_celeba" for d in ("celeba", "") if (root / d / "img_align_celeba").is_dir()), None), next(root.rglob("img_align_celeba.zip"), None)
+        if folder is None:
+            if archive is None:
+                raise FileNotFoundError(f"no img_align_celeba or img_align_celeba.zip in {root}")
+            with zipfile.ZipFile(archive) as f:  # leaves out .. and absolute paths by itself
+                f.extractall(out / "downloads" / "celeba")
+            folder = out / "downloads" / "celeba" / "img_align_celeba"
+        return (sorted(p for p in folder.iterdir() if p.suffix == ".jpg"),)
+    photographs = None
+    if part == "mnistm":
+        photographs = root
+        for archive in [*root.glob("BS[DR]*.t*"), *root.glob("bsds*.t*")]:
+            photographs = out / "downloads" / "BSDS500"
+            if not photographs.exists():
+                with tarfile.open(archive) as f:
+                    f.extractall(photographs.with_name("BSDS500.partial"), filter="data")  # refuses paths that leave the folder, and devices
+                os.replace(photographs.with_name("BSDS500.partial"), photographs)
+        if not (root / "MNIST" / "raw").is_dir():
+            raw = out / "downloads" / "MNIST" / "raw"
+            raw.mkdir(parents=True, exist_ok=True)
+            for archive in root.glob("*-ubyte.gz"):
+                (raw / archive.stem).write_bytes(gzip.decompress(archive.read_bytes()))
+            root = out / "downloads"
+    splits = [torchvision_digits(root, part, split, photographs) for split in ("train", "val")]
+    return tuple(torch.cat(v) for v in zip(*splits))
+
+
+def course_split(n, part):
+    """Seeded order of n items cut into train, val and test: the course's sizes, or their proportions where there are fewer."""
+    train, val, whole = SPLIT[part]
+    if n < whole:
+        train, val = n * train // whole, n * val // whole
+    order = np.random.default_rng(0).permutation(n)[:whole]
+    return np.split(np.sort(order) if part == "face" else order, [train, train + val])
+
+
+def write_digits(folder, images, labels):
+    """data/NNNNN.png and the three CSVs."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    parts = course_split(len(images), folder.name.removesuffix(".partial"))
+    for i in np.concatenate(parts):
+        Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(folder / "data" / f"{i:05d}.png")
+    for name, part in zip(("train", "val", "test"), parts):
+        with open(folder / f"{name}.csv", "w", newline="") as f:
+            csv.writer(f).writerows([("image_name", "label"), *((f"{i:05d}.png", labels[i].item()) for i in part)])
+    return [len(part) for part in parts]
+
+
+def write_faces(folder, paths):
+    """train, val and test folders of NNNNN.png: the middle square of CelebA's aligned images at 64x64."""
+    parts, number = course_split(len(paths), "face"), 0
+    for name, part in zip(("train", "val", "test"), parts):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in part:
+            image = Image.fromarray(read_image(paths[i]))
+            side, rest = min(image.size), abs(image.height - image.width)
+            box = (0, rest // 2, side, rest // 2 + side) if image.height >= image.width else (rest // 2, 0, rest // 2 + side, side)
+            image.resize((64, 64), Image.Resampling.LANCZOS, box).save(folder / name / f"{number:05d}.png")
+            number += 1
+    return [len(part) for part in parts]
 
 
 # ------------------------------------------------------------------ built-in data: for every machine, never for a quoted number
@@ -683,15 +800,25 @@ def save_scatter(path, points, groups, names, title):
 # ------------------------------------------------------------------ command line
 
 def main():
-    p = argparse.ArgumentParser(description="Frechet inception distance, kernel inception distance, inception score and face rate of a folder of images.")
+    p = argparse.ArgumentParser(description="Quality of generated images, and the course's data for those who lack its link.")
     p.error = fail
-    p.add_argument("what", choices=["fid"])
-    p.add_argument("generated", help="folder of PNG or JPEG images")
-    p.add_argument("reference", help="folder of images, or .npz with mu and sigma")
-    p.add_argument("--inception", metavar="FILE", help="weights of pytorch-fid's Inception network (default: downloaded once)")
-    p.add_argument("--json", metavar="FILE", help="write the figures there")
-    p.add_argument("--save-reference", metavar="FILE.npz", help="write the reference's mu and sigma there, as pytorch-fid reads them")
+    commands = p.add_subparsers(dest="command", required=True)
+    f = commands.add_parser("fid", help="Frechet inception distance, kernel inception distance, inception score and face rate of a folder of images")
+    f.add_argument("generated", help="folder of PNG or JPEG images")
+    f.add_argument("reference", help="folder of images, or .npz with mu and sigma")
+    f.add_argument("--inception", metavar="FILE", help="weights of pytorch-fid's Inception network (default: downloaded once)")
+    f.add_argument("--json", metavar="FILE", help="write the figures there")
+    f.add_argument("--save-reference", metavar="FILE.npz", help="write the reference's mu and sigma there, as pytorch-fid reads them")
+    d = commands.add_parser("data", help="make the course's layout from MNIST, BSDS500, USPS, SVHN and CelebA")
+    d.add_argument("out", help="folder to make")
+    d.add_argument("--from", dest="source", metavar="DIR", help="folder with the original files (default: downloaded into OUT/downloads)")
+    for command in (f, d):
+        command.error = fail
     args = p.parse_args()
+    if args.command == "data":
+        if args.source and not Path(args.source).is_dir():
+            fail(f"--from {args.source}: no such folder")
+        raise SystemExit(1 if make_data(args.out, args.source) else 0)
     result = score_images(args.generated, args.reference, args.inception, "cuda" if torch.cuda.is_available() else "cpu", args.save_reference)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))

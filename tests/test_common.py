@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -150,34 +151,84 @@ def write_idx(folder, part, images, labels):
     (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, len(labels)) + labels.astype(np.uint8).tobytes())
 
 
-def test_torchvision_root(tmp_path):
+def write_originals(root):
+    """A few images in the files' real formats: MNIST, a photograph, SVHN, USPS, CelebA; returns SVHN's array."""
+    from scipy.io import savemat
     rng = np.random.default_rng(0)
     for part, n in (("train", 6), ("t10k", 4)):
-        write_idx(tmp_path / "MNIST" / "raw", part, rng.integers(0, 2, (n, 28, 28), dtype=np.uint8) * 255, np.arange(n))
-    (tmp_path / "BSDS500").mkdir()
-    Image.new("RGB", (40, 30), (200, 100, 50)).save(tmp_path / "BSDS500" / "1.jpg", quality=100)
-    Image.new("RGB", (20, 90)).save(tmp_path / "BSDS500" / "too_narrow.jpg")
-    (tmp_path / "celeba").mkdir()
-    Image.new("RGB", (40, 30)).save(tmp_path / "celeba" / "face.jpg")  # not a background
+        write_idx(root / "MNIST" / "raw", part, rng.integers(0, 2, (n, 28, 28), dtype=np.uint8) * 255, np.arange(n))
+    (root / "BSDS500").mkdir()
+    Image.new("RGB", (40, 30), (200, 100, 50)).save(root / "BSDS500" / "1.jpg", quality=100)
+    Image.new("RGB", (20, 90)).save(root / "BSDS500" / "too_narrow.jpg")
+    (root / "celeba" / "img_align_celeba").mkdir(parents=True)
+    for i in range(20):
+        Image.new("RGB", (178, 218), (i, 0, 0)).save(root / "celeba" / "img_align_celeba" / f"{i:06d}.jpg", quality=100)  # not a background
+    x = rng.integers(0, 256, (32, 32, 3, 5), dtype=np.uint8)
+    for name in ("train", "test"):
+        savemat(root / f"{name}_32x32.mat", {"X": x, "y": np.array([[1], [2], [10], [4], [5]], dtype=np.uint8)})
+    line = "3 " + " ".join(f"{i}:{-1 if i <= 128 else 1}" for i in range(1, 257))  # libsvm: label 1..10, pixels -1..1
+    for name, n in (("usps.bz2", 3), ("usps.t.bz2", 2)):
+        (root / name).write_bytes(bz2.compress("\n".join([line] * n).encode()))
+    return x
+
+
+def test_torchvision_root(tmp_path):
+    x = write_originals(tmp_path)
     images, labels = common.load_digits(tmp_path, "mnistm", "val")
     assert images.shape == (4, 3, 28, 28) and labels.tolist() == [0, 1, 2, 3]
     assert set(images[:, 0].flatten().tolist()) <= {199, 200, 201, 54, 55, 56}  # |200 - 0| and |200 - 255|
     again, _ = common.load_digits(tmp_path, "mnistm", "val")
     assert (images == again).all()
-
-    from scipy.io import savemat
-    x = rng.integers(0, 256, (32, 32, 3, 5), dtype=np.uint8)
-    savemat(tmp_path / "train_32x32.mat", {"X": x, "y": np.array([[1], [2], [10], [4], [5]], dtype=np.uint8)})
     images, labels = common.load_digits(tmp_path, "svhn", "train")
     assert images.shape == (5, 3, 28, 28) and labels.tolist() == [1, 2, 0, 4, 5]  # SVHN writes 0 as 10
     assert abs(images.float().mean().item() - x.mean()) < 1
-
-    line = "3 " + " ".join(f"{i}:{-1 if i <= 128 else 1}" for i in range(1, 257))  # libsvm: label 1..10, pixels -1..1
-    for name, n in (("usps.bz2", 3), ("usps.t.bz2", 2)):
-        (tmp_path / name).write_bytes(bz2.compress("\n".join([line] * n).encode()))
     images, labels = common.load_digits(tmp_path, "usps", "val")
     assert images.shape == (2, 3, 28, 28) and labels.tolist() == [2, 2]
     assert images[0, 0, 0].max() == 0 and images[0, 0, -1].min() == 255
+
+
+def test_make_data(tmp_path, capsys):
+    """The course's layout from the original files; interrupted and called again it completes; what is missing is named."""
+    root, out = tmp_path / "original", tmp_path / "hw2_data"
+    root.mkdir()
+    write_originals(root)
+    mat = root / "test_32x32.mat"
+    whole = mat.read_bytes()
+    mat.write_bytes(whole[:100])
+    assert common.make_data(out, root) == ["svhn"]
+    captured = capsys.readouterr()
+    assert "svhn: cannot be made" in captured.err and "mnistm: 6 train, 1 val, 3 test images" in captured.out and "face: 18 train, 0 val, 2 test" in captured.out
+    mat.write_bytes(whole)
+    before = (out / "digits" / "mnistm" / "train.csv").stat().st_mtime_ns
+    assert common.make_data(out, root) == [] and (out / "digits" / "mnistm" / "train.csv").stat().st_mtime_ns == before
+    for domain, n in (("mnistm", 6), ("usps", 3), ("svhn", 6)):
+        images, labels = common.load_digits(out, domain, "train")
+        assert images.shape == (n, 3, 28, 28) and len(labels) == n
+    assert sorted(os.listdir(out / "face" / "train"))[0] == "00000.png" and common.load_faces(out, "train").shape == (18, 3, 64, 64)
+    splits = [set(p.read_text().split()[1:]) for p in (out / "digits" / "mnistm").glob("*.csv")]
+    assert len(set.union(*splits)) == 10 == sum(map(len, splits))
+    assert [len(part) for part in common.course_split(99_289, "svhn")] == [63_544, 15_887, 19_858]
+
+
+def test_make_data_from_archives(tmp_path, capsys):
+    """MNIST's .gz, BSDS500's tar and CelebA's zip as they are published; a path that leaves the folder is not written."""
+    source, out = tmp_path / "archives", tmp_path / "out"
+    source.mkdir()
+    write_originals(tmp_path)
+    for path in (tmp_path / "MNIST" / "raw").iterdir():
+        (source / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    with tarfile.open(source / "BSR_bsds500.tgz", "w:gz") as tar:
+        tar.add(tmp_path / "BSDS500" / "1.jpg", "BSR/images/1.jpg")
+    with zipfile.ZipFile(source / "img_align_celeba.zip", "w") as z:
+        for path in (tmp_path / "celeba" / "img_align_celeba").iterdir():
+            z.write(path, f"img_align_celeba/{path.name}")
+        z.write(tmp_path / "usps.bz2", "../../escaped.txt")
+    assert common.make_data(out, source) == ["usps", "svhn"]
+    assert (out / "digits" / "mnistm" / "train.csv").is_file() and len(os.listdir(out / "face" / "train")) == 18
+    assert not list(tmp_path.glob("escaped.txt")) and not list(out.glob("escaped.txt"))
+    with tarfile.open(source / "BSR_bsds500.tgz", "w:gz") as tar:
+        tar.add(tmp_path / "BSDS500" / "1.jpg", "../../escaped.jpg")
+    assert "mnistm" in common.make_data(tmp_path / "other", source) and not list(tmp_path.rglob("escaped.jpg"))
 
 
 def test_blend_is_the_absolute_difference():
