@@ -2,6 +2,7 @@
 
   python common.py fid GENERATED REFERENCE      # folders of images; REFERENCE may be an .npz with mu and sigma, as pytorch-fid writes it
   python common.py data OUT [--from DIR]        # the course's layout from the original data sets, downloaded or in DIR
+  python common.py report OUT                   # OUT/report.html of what run_all.sh left in OUT
 
 A data set is one uint8 tensor (N, 3, H, W) and one int64 tensor (N,) of labels. `load_digits` looks for, in this order,
 
@@ -797,6 +798,88 @@ def save_scatter(path, points, groups, names, title):
     plt.close(fig)
 
 
+# ------------------------------------------------------------------ report
+
+STYLE = """body{max-width:62rem;margin:0 auto;padding:1rem;font:16px/1.5 system-ui,sans-serif;color:#222;background:#fff;overflow-wrap:break-word}
+h1,h2{line-height:1.2}h2{border-top:2px solid #ddd;padding-top:1rem}figure{margin:1rem 0;break-inside:avoid}img{max-width:100%;height:auto}figcaption{color:#555}
+.wide{overflow-x:auto}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;vertical-align:top}
+pre{overflow-x:auto;background:#f6f6f6;padding:.6rem;font-size:.8rem}.pass{color:#060}.fail{color:#a00}@media print{pre{white-space:pre-wrap}}"""
+TITLES = {"p1": "GANs: faces and digits", "p2": "Conditional diffusion on digits", "p3": "DDIM on faces", "p4": "Domain adaptation"}
+CAPTIONS = {"compare": "First 32 images: A (left) and B (right), the same latents", "first": "First images of fixed latents", "interpolation": "Interpolation between latents",
+            "training": "Training", "digits": "Ten images of each digit: rows digits, columns noises", "reverse": "Reverse process of the first 0", "guidance": "Guidance weights, the same noise in each column",
+            "eta_grid": "Rows: eta, columns: noises", "tsne": "t-SNE of the CNN features"}
+# figure, file, key, course's bar, best of the reports and student repositories, whether larger is better
+BARS = [("FID, {}", "p1_*.json", "distance", 27.0, "22.97", False), ("face rate, {}", "p1_*.json", "face_rate", 0.90, "0.922", True), ("inception score, {}", "p1_*.json", "is", 2.15, "2.160", True),
+        ("digit accuracy, {}", "p1_acgan.json", "accuracy", 0.80, "0.998", True), ("digit accuracy, {}", "p2_*.json", "accuracy", 0.95, "0.999", True), ("diversity, {}", "p[12]_*.json", "diversity", None, "", True),
+        ("FID, {}", "p3_*.json", "distance", None, "", False), ("face rate, {}", "p3_*.json", "face_rate", None, "", True), ("mean squared error, {}", "p3_*.json", "mse", 20.0, "0.0072", False)]
+ADAPTATION = {"mnistm-svhn": (40, 52.8), "mnistm-usps": (76, 93.3), "svhn-mnistm": (42, 51.6), "usps-svhn": (28, 34.2)}  # the course's bar, best student's DANN
+
+
+def write_report(out):
+    """Writes OUT/report.html from what run_all.sh left in OUT: one file with the pictures inside, figures beside the course's bars, networks, commands and times."""
+    import base64
+    import html
+    import platform
+    out, body = Path(out), []
+
+    def table(header, rows):
+        cells = ["".join(f"<th>{h}</th>" for h in header), *("".join(f"<td>{c}</td>" for c in row) for row in rows)]
+        body.append('<div class="wide"><table>' + "".join(f"<tr>{row}</tr>" for row in cells) + "</table></div>")
+
+    def verdict(value, bar, larger=True):
+        passed = value >= bar if larger else value <= bar
+        return f'<span class="{"pass" if passed else "fail"}">{"pass" if passed else "fail"}</span>'
+
+    commands = [line.split("\t", 1) for line in (out / "commands.tsv").read_text().splitlines()] if (out / "commands.tsv").is_file() else []
+    for problem, title in TITLES.items():
+        figures, scores, start = sorted((out / f"{problem}_figures").glob("*")), [], len(body)
+        for name, pattern, key, bar, best, larger in BARS:
+            for path in sorted(out.glob(pattern)) if pattern.startswith((problem, "p[12]")) else ():
+                result = json.loads(path.read_text())
+                value = result.get(key)
+                if value is None or not path.name.startswith(problem):
+                    continue
+                value = value[0] if isinstance(value, list) else value
+                label = name.format(path.stem.split("_", 1)[1]) if key != "distance" else f"{result['name']}, {path.stem.split('_', 1)[1]}"
+                comparable = key != "distance" or result["name"] == "FID"
+                n = f"{result['n']} images" if "n" in result else ""
+                scores.append((html.escape(label), f"{value:.4g}", n, bar if comparable and bar is not None else "", best if comparable else "", verdict(value, bar, larger) if comparable and bar is not None else ""))
+        if scores:
+            table(("", "here", "N", "course's bar", "best of the reports", ""), scores)
+        path = out / f"{problem}_table" / "table.json"
+        if path.is_file():
+            cells = json.loads(path.read_text())
+            scenarios = list(next(iter(cells.values())))
+            rows = []
+            for method, results in cells.items():
+                shares = [[100 * run["accuracy"] for run in results[s]] for s in scenarios]
+                rows.append((method, *(f"{np.mean(v):.1f} %" + (f" &plusmn; {np.std(v, ddof=1):.1f}" if len(v) > 1 else "") + (" " + verdict(np.mean(v), ADAPTATION[s][0]) if s in ADAPTATION and method.startswith("dann") else "")
+                                           for s, v in zip(scenarios, shares))))
+            rows.append(("course's bar; best student's DANN", *(f"{ADAPTATION[s][0]} %; {ADAPTATION[s][1]} %" if s in ADAPTATION else "" for s in scenarios)))
+            table(("accuracy on the target's val images", *(s.replace("-", " &rarr; ") for s in scenarios)), rows)
+        for path in figures:
+            if path.suffix == ".png":
+                caption = next((text for start_, text in CAPTIONS.items() if path.stem.startswith(start_)), path.stem)
+                data = base64.b64encode(path.read_bytes()).decode()
+                body.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption} ({path.stem})</figcaption></figure>')
+        for path in figures:
+            if path.suffix == ".txt":
+                body.append(f"<details><summary>Network: {html.escape(path.stem)}</summary><pre>{html.escape(path.read_text())}</pre></details>")
+        if len(body) > start:
+            body.insert(start, f"<h2>{title}</h2>")
+    if commands:
+        body.append("<h2>Commands and times</h2>")
+        table(("seconds", "command"), [(seconds, f"<code>{html.escape(command)}</code>") for seconds, command in commands])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, {device}, {platform.platform()}; seed 0 unless a command says otherwise"
+    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>Report</title><style>{STYLE}</style></head>'
+            f"<body><h1>Four problems of deep generative vision</h1><p>{html.escape(versions)}</p>{''.join(body)}</body></html>")
+    temporary = out / "report.html.tmp"
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, out / "report.html")
+    print(out / "report.html")
+
+
 # ------------------------------------------------------------------ command line
 
 def main():
@@ -812,13 +895,19 @@ def main():
     d = commands.add_parser("data", help="make the course's layout from MNIST, BSDS500, USPS, SVHN and CelebA")
     d.add_argument("out", help="folder to make")
     d.add_argument("--from", dest="source", metavar="DIR", help="folder with the original files (default: downloaded into OUT/downloads)")
-    for command in (f, d):
+    r = commands.add_parser("report", help="write OUT/report.html from what run_all.sh left there")
+    r.add_argument("out", help="run_all.sh's OUT")
+    for command in (f, d, r):
         command.error = fail
     args = p.parse_args()
     if args.command == "data":
         if args.source and not Path(args.source).is_dir():
             fail(f"--from {args.source}: no such folder")
         raise SystemExit(1 if make_data(args.out, args.source) else 0)
+    if args.command == "report":
+        if not Path(args.out).is_dir():
+            fail(f"{args.out}: no such folder; expected the OUT of run_all.sh")
+        return write_report(args.out)
     result = score_images(args.generated, args.reference, args.inception, "cuda" if torch.cuda.is_available() else "cpu", args.save_reference)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))

@@ -524,7 +524,7 @@ def evaluate(args):
 
 
 def grid(args):
-    """For each --ckpt first32_<name>.png, side by side compare.png where there are two or more, interpolation_<name>.png and training_<name>.png, into --out."""
+    """For each --ckpt first_<name>.png (32 faces, 100 digits), network_<name>.txt, side by side compare.png where there are two or more, interpolation_<name>.png and training_<name>.png, into --out."""
     from common import save_curves
     out, firsts = Path(args.out), []
     for path in args.ckpt:
@@ -537,13 +537,15 @@ def grid(args):
         path_z = (torch.sin((1 - w) * angle) * ends[0::2] + torch.sin(w * angle) * ends[1::2]) / torch.sin(angle)  # (9, 4, 100), slerp
         y = torch.arange(4).repeat_interleave(9) if method == "acgan" else None
         write_png(out / f"interpolation_{name}.png", tile(generate(model, path_z.transpose(0, 1).reshape(-1, Z), y), 9))
+        nets = build(argparse.Namespace(method=method, device="cpu"))
+        (out / f"network_{name}.txt").write_text("\n".join(f"{sum(p.numel() for p in net.parameters()):,} parameters\n{net}" for net in nets) + "\n")
         log = Path(path).with_suffix(".log.csv")
         if log.is_file():
             save_curves(out / f"training_{name}.png", log, ["d_loss", "g_loss", "d_real", "d_fake"], f"{method}: losses, D(x) and D(G(z))", yscale="linear")
     if len(firsts) > 1 and len({first.shape for first in firsts}) == 1:
         gap = torch.full((3, firsts[0].shape[1], 24), 255, dtype=torch.uint8)
         write_png(out / "compare.png", torch.cat([v for first in firsts for v in (first, gap)][:-1], 2))
-    print(f"{out}: {', '.join(sorted(p.name for p in out.glob('*.png')))}")
+    print(f"{out}: {', '.join(sorted(os.listdir(out)))}")
 
 
 # ------------------------------------------------------------------ command line

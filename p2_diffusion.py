@@ -548,7 +548,7 @@ def evaluate(args):
 
 
 def grid(args):
-    """Writes digits.png (10x10), reverse.png (six states of the first 0), guidance.png (w = 0, 0.5, 2) and training.png into --out."""
+    """Writes digits.png (10x10), reverse.png (six states of the first 0), guidance.png (w = 0, 0.5, 2) training.png and network.txt into --out."""
     from common import save_curves, save_grid
     model, alpha_bar = load_model(args)
     out, trace, how = Path(args.out), [], args.how
@@ -562,10 +562,11 @@ def grid(args):
     weights = (0.0, 0.5, 2.0) if args.label_dropout else (0.0,)
     rows = [generate(model, alpha_bar, [(digit, 1) for digit in range(DIGITS)], argparse.Namespace(**{**vars(args), "guidance": w})) for w in weights]
     save_grid(out / "guidance.png", torch.stack(rows), [f"w = {w}" for w in weights], range(DIGITS), f"guidance, the same noise in each column, {how}")
+    (out / "network.txt").write_text(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{model}\n")
     log = Path(args.ckpt).with_suffix(".log.csv")
     if log.is_file():
         save_curves(out / "training.png", log, ["loss"], "training loss")
-    print(f"{out}: {', '.join(sorted(p.name for p in out.glob('*.png')))}")
+    print(f"{out}: {', '.join(sorted(os.listdir(out)))}")
 
 
 # ------------------------------------------------------------------ command line

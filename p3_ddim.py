@@ -661,15 +661,16 @@ def evaluate(args):
 
 
 def grid(args):
-    """Writes first.png (32 images) and training.png into --out."""
+    """Writes first.png (32 images), training.png and network.txt into --out."""
     from common import save_curves, save_grid
     model, out, log = load_model(args), Path(args.out), Path(args.ckpt).with_suffix(".log.csv")
     images = generate(model, load_noises(args, model, 32)[1], args)
     out.mkdir(parents=True, exist_ok=True)
     save_grid(out / "first.png", images.view(4, 8, *images.shape[1:]), [""] * 4, [""] * 8, how(args), scale=1.5)
+    (out / "network.txt").write_text(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{model}\n")
     if log.is_file():
         save_curves(out / "training.png", log, ["loss"], "training loss")
-    print(f"{out}: {', '.join(sorted(p.name for p in out.glob('*.png')))}")
+    print(f"{out}: {', '.join(sorted(os.listdir(out)))}")
 
 
 # ------------------------------------------------------------------ command line

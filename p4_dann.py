@@ -551,6 +551,7 @@ def tsne(args):
     points = TSNE(random_state=args.seed, init="pca", perplexity=min(30, (2 * num - 1) / 3)).fit_transform(points)
     out, name = Path(args.out), f"tsne_{args.source}_{args.target}_{settings['training']}"
     out.mkdir(parents=True, exist_ok=True)
+    (out / f"network_{settings['training']}.txt").write_text(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{model}\n")
     title = f"{settings['training']}, {args.source} to {args.target}, {num} val images each"
     save_scatter(out / f"{name}_digit.png", points, np.concatenate(digits), [str(d) for d in range(DIGITS)], f"{title}, by digit")
     save_scatter(out / f"{name}_domain.png", points, np.repeat([0, 1], num), [args.source, args.target], f"{title}, by domain")

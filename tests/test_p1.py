@@ -225,7 +225,7 @@ def test_the_file_copied_alone_samples(ckpt, tmp_path):
 def test_grid(ckpt, tmp_path):
     p1.main(["--mode", "grid", "--ckpt", str(ckpt), str(ckpt), "--out", str(tmp_path), "--device", "cpu"])
     name = ckpt.stem
-    assert sorted(os.listdir(tmp_path)) == sorted(["compare.png", f"first_{name}.png", f"interpolation_{name}.png", f"training_{name}.png"])
+    assert sorted(os.listdir(tmp_path)) == sorted(["compare.png", f"first_{name}.png", f"interpolation_{name}.png", f"network_{name}.txt", f"training_{name}.png"])
     first, both = (Image.open(tmp_path / n).size for n in (f"first_{name}.png", "compare.png"))
     assert both == (2 * first[0] + 24, first[1])
 

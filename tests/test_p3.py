@@ -358,7 +358,7 @@ def test_inversion_returns_the_image_and_its_noise_interpolates(own, tmp_path, c
     assert sorted(os.listdir(tmp_path / "inverted")) == ["a.png", "a.pt", "b.png", "b.pt"]
     p3.main(["--mode", "interpolate", "--ckpt", str(own), "--noise", str(tmp_path / "inverted"), "--out", str(tmp_path / "figures"), "--sample-steps", "3", "--device", "cpu"])
     p3.main(["--mode", "grid", "--ckpt", str(own), "--out", str(tmp_path / "figures"), "--sampler", "dpm++", "--sample-steps", "2", "--device", "cpu"])
-    assert sorted(os.listdir(tmp_path / "figures")) == ["first.png", "interpolation.png", "training.png"]
+    assert sorted(os.listdir(tmp_path / "figures")) == ["first.png", "interpolation.png", "network.txt", "training.png"]
 
 
 def test_the_file_copied_alone_samples(own, tmp_path):
