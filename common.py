@@ -604,7 +604,7 @@ def load_inception(path, device):
             state, name = torch.load(path, map_location="cpu", weights_only=True), f"Frechet distance with {Path(path).name}, SHA-256 {digest[:8]}"
             name = "FID" if digest.startswith("6726825d") else name
         net.load_state_dict(state)
-    except (OSError, RuntimeError) as e:
+    except Exception as e:  # torch.load and the network raise many types
         if path is not None:
             fail(f"--inception {path}: not a state dict of pytorch-fid's Inception network ({str(e).splitlines()[0][:100]})")
         print(f"note: {INCEPTION} cannot be downloaded here; give the file with --inception. Without it there is no FID, only fd_random", file=sys.stderr)
