@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 import scipy.special
 from PIL import Image
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision import models
 from torchvision.models import inception
 from tqdm import tqdm
 
@@ -54,19 +56,18 @@ LOCKS = {}  # the open files of claim_checkpoint
 
 def claim_checkpoint(ckpt, resume):
     """Before training: refuses to overwrite without `resume`, makes the folder, sees that it can be written, and keeps other processes of this machine out until this one ends."""
+    name = hashlib.sha256(str(Path(ckpt).resolve()).encode()).hexdigest()[:32]
+    if name not in LOCKS:
+        LOCKS[name] = os.open(Path(tempfile.gettempdir()) / f"p1-p4-{os.getuid()}-{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(LOCKS[name], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"--ckpt {ckpt}: another process is training into it; wait for it, or give another --ckpt")
     if Path(ckpt).exists() and not resume:
         fail(f"--ckpt {ckpt}: exists; go on with --resume, or give another --ckpt")
     Path(ckpt).parent.mkdir(parents=True, exist_ok=True)
     Path(f"{ckpt}.tmp").touch()  # an unwritable folder shows now, not after hours
     Path(f"{ckpt}.tmp").unlink()
-    name = hashlib.sha256(str(Path(ckpt).resolve()).encode()).hexdigest()[:32]
-    if name not in LOCKS:
-        file = open(Path(tempfile.gettempdir()) / f"p1-p4-{name}.lock", "w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            fail(f"--ckpt {ckpt}: another process is training into it; wait for it, or give another --ckpt")
-        LOCKS[name] = file
 
 
 # ------------------------------------------------------------------ images on disk
@@ -172,11 +173,20 @@ def load_faces(root, split, size=64):
     """
     if root is None:
         return F.interpolate(builtin_faces(split).float(), (size, size), mode="bilinear", antialias=True).round().byte() if size != 64 else builtin_faces(split)
+    folder = face_folder(root, split)
+    return read_folder(folder, sorted(filter(is_image, os.listdir(folder))), (size, size))
+
+
+def is_image(name):
+    """True for the names of PNG and JPEG files."""
+    return str(name).lower().endswith((".png", ".jpg", ".jpeg"))
+
+
+def face_folder(root, split):
+    """The folder of the course layout that holds the faces of a split."""
     for folder in (Path(root) / "face" / split, Path(root) / split, *((Path(root) / "face" / "test",) if split == "val" else ())):
-        if folder.is_dir():
-            names = sorted(n for n in os.listdir(folder) if n.lower().endswith((".png", ".jpg", ".jpeg")))
-            if names:
-                return read_folder(folder, names, (size, size))
+        if folder.is_dir() and any(map(is_image, os.listdir(folder))):
+            return folder
     fail(f"--data {root}: no {split} faces; looked for PNG or JPEG files in face/{split}{' and face/test' if split == 'val' else ''}; leave --data out for the built-in faces")
 
 
@@ -278,10 +288,11 @@ def make_data(out, source=None):
             if source is None:
                 download(root, part)
             partial = folder.with_name(f"{folder.name}.partial")  # renamed when complete
+            shutil.rmtree(partial, ignore_errors=True)
             counts = (write_faces if part == "face" else write_digits)(partial, *original(root, out, part))
             os.replace(partial, folder)
             print(f"{folder}: {counts[0]:,} train, {counts[1]:,} val, {counts[2]:,} test images")
-        except Exception as e:  # no network, a quota, a file that is not there or damaged: the other parts do not need it
+        except (Exception, SystemExit) as e:  # no network, a quota, a file that is not there or damaged: the other parts do not need it
             missing.append(part)
             print(f"{folder}: cannot be made ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); put the files into a folder and pass --from", file=sys.stderr)
     return missing
@@ -290,15 +301,21 @@ def make_data(out, source=None):
 def download(root, part):
     """The part's files from where torchvision has them (BSDS500: Berkeley) into `root`; files that are complete are kept."""
     from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
     if part == "mnistm":
         datasets.MNIST(str(root), download=True)
         if not (root / "BSR_bsds500.tgz").is_file():
             torch.hub.download_url_to_file(BSDS500, str(root / "BSR_bsds500.tgz"))
     elif part == "face":
         datasets.CelebA(str(root), download=True)
+    elif part == "svhn":
+        for split in ("train", "test"):
+            datasets.SVHN(str(root), split, download=True)
     else:
-        for split in (True, False):
-            datasets.USPS(str(root), train=split, download=True) if part == "usps" else datasets.SVHN(str(root), "train" if split else "test", download=True)
+        for split, (_, name, md5) in datasets.USPS.split_list.items():
+            if not check_integrity(str(root / name), md5):  # torchvision takes a file that is there for complete
+                (root / name).unlink(missing_ok=True)
+            datasets.USPS(str(root), train=split == "train", download=True)
 
 
 def original(root, out, part):
@@ -623,6 +640,14 @@ def load_inception(path, device):
     return net.to(device, memory_format=torch.channels_last), name
 
 
+def course_inception(device):
+    """torchvision's Inception-v3, on which the course's IS.py of 2021 computes the inception score, or None where its weights cannot be downloaded."""
+    try:
+        return models.inception_v3(weights="IMAGENET1K_V1", transform_input=False, progress=False).eval().to(device)
+    except (OSError, RuntimeError):
+        return None
+
+
 @torch.inference_mode()
 def inception_features(net, images, batch=50):
     """(features (N, 2048), class probabilities (N, 1008)), float64, of images: a list of uint8 arrays (H, W, 3), each enlarged to 299x299 (bilinear)."""
@@ -677,7 +702,7 @@ def image_files(path, what):
     """Sorted PNG and JPEG files of a folder with two images or more."""
     if not Path(path).is_dir():
         fail(f"{what} {path}: no such folder of images{'; it is a file' if Path(path).is_file() else ''}")
-    files = sorted(p for p in Path(path).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    files = sorted(filter(is_image, Path(path).iterdir()))
     if len(files) < 2:
         fail(f"{what} {path}: found {len(files)} PNG or JPEG images, expected two or more")
     return files
@@ -732,7 +757,10 @@ def score_images(generated, reference, weights=None, device="cpu", out=None):
                    "floor": frechet_distance(real[order[:half]], real[order[half:]].mean(0), np.cov(real[order[half:]], rowvar=False)) if half > 1 else None}
         print(f"KID {result['kid'][0]:.5f} +- {result['kid'][1]:.5f} (standard error over subsets)")
         print(f"floor {result['floor']:.3f}: {half} against {len(real) - half} other images of the reference" if half > 1 else "floor: too few reference images")
-    print(f"IS {result['is'][0]:.3f} +- {result['is'][1]:.3f} (10 splits, 1008 classes of this network)")
+    classes = "1008 classes of this network"
+    if name == "FID" and (net := course_inception(device)):
+        result["is"], classes = inception_score(inception_features(net, images)[1]), "torchvision's 1000 classes, as the course's IS.py"
+    print(f"IS {result['is'][0]:.3f} +- {result['is'][1]:.3f} (10 splits, {classes})")
     try:
         import dlib
         detector = dlib.get_frontal_face_detector()
@@ -809,14 +837,17 @@ CAPTIONS = {"compare": "First 32 images: A (left) and B (right), the same latent
             "training": "Training", "digits": "Ten images of each digit: rows digits, columns noises", "reverse": "Reverse process of the first 0", "guidance": "Guidance weights, the same noise in each column",
             "eta_grid": "Rows: eta, columns: noises", "tsne": "t-SNE of the CNN features"}
 # figure, file, key, course's bar, best of the reports and student repositories, whether larger is better
-BARS = [("FID, {}", "p1_*.json", "distance", 27.0, "22.97", False), ("face rate, {}", "p1_*.json", "face_rate", 0.90, "0.922", True), ("inception score, {}", "p1_*.json", "is", 2.15, "2.160", True),
+BARS = [("FID, {}", "p1_*.json", "distance", 27.0, "22.97", False), ("face rate, {}", "p1_*.json", "face_rate", 0.90, "0.922", True), ("inception score, {}", "p1_*.json", "is", None, "", True),
         ("digit accuracy, {}", "p1_acgan.json", "accuracy", 0.80, "0.998", True), ("digit accuracy, {}", "p2_*.json", "accuracy", 0.95, "0.999", True), ("diversity, {}", "p[12]_*.json", "diversity", None, "", True),
         ("FID, {}", "p3_*.json", "distance", None, "", False), ("face rate, {}", "p3_*.json", "face_rate", None, "", True), ("mean squared error, {}", "p3_*.json", "mse", 20.0, "0.0072", False)]
 ADAPTATION = {"mnistm-svhn": (40, 52.8), "mnistm-usps": (76, 93.3), "svhn-mnistm": (42, 51.6), "usps-svhn": (28, 34.2)}  # the course's bar, best student's DANN
 
 
-def write_report(out):
-    """Writes OUT/report.html from what run_all.sh left in OUT: one file with the pictures inside, figures beside the course's bars, networks, commands and times."""
+def write_report(out, built_in=False):
+    """Writes OUT/report.html from what run_all.sh left in OUT: one file with the pictures inside, figures beside the course's bars, networks, commands and times.
+
+    built_in: the data were the built-in ones, whose figures are not set against those bars.
+    """
     import base64
     import html
     import platform
@@ -830,7 +861,11 @@ def write_report(out):
         passed = value >= bar if larger else value <= bar
         return f'<span class="{"pass" if passed else "fail"}">{"pass" if passed else "fail"}</span>'
 
-    commands = [line.split("\t", 1) for line in (out / "commands.tsv").read_text().splitlines()] if (out / "commands.tsv").is_file() else []
+    commands = {}
+    for line in (out / "commands.tsv").read_text().splitlines() if (out / "commands.tsv").is_file() else ():
+        seconds, command = line.split("\t", 1)
+        command = command.replace(" --resume", "")
+        commands[command] = commands.get(command, 0) + int(seconds)  # of all calls, interrupted ones as well
     for problem, title in TITLES.items():
         figures, scores, start = sorted((out / f"{problem}_figures").glob("*")), [], len(body)
         for name, pattern, key, bar, best, larger in BARS:
@@ -841,7 +876,7 @@ def write_report(out):
                     continue
                 value = value[0] if isinstance(value, list) else value
                 label = name.format(path.stem.split("_", 1)[1]) if key != "distance" else f"{result['name']}, {path.stem.split('_', 1)[1]}"
-                comparable = key != "distance" or result["name"] == "FID"
+                comparable = not built_in and (key != "distance" or result["name"] == "FID")
                 n = f"{result['n']} images" if "n" in result else ""
                 scores.append((html.escape(label), f"{value:.4g}", n, bar if comparable and bar is not None else "", best if comparable else "", verdict(value, bar, larger) if comparable and bar is not None else ""))
         if scores:
@@ -853,9 +888,10 @@ def write_report(out):
             rows = []
             for method, results in cells.items():
                 shares = [[100 * run["accuracy"] for run in results[s]] for s in scenarios]
-                rows.append((method, *(f"{np.mean(v):.1f} %" + (f" &plusmn; {np.std(v, ddof=1):.1f}" if len(v) > 1 else "") + (" " + verdict(np.mean(v), ADAPTATION[s][0]) if s in ADAPTATION and method.startswith("dann") else "")
+                rows.append((method, *(f"{np.mean(v):.1f} %" + (f" &plusmn; {np.std(v, ddof=1):.1f}" if len(v) > 1 else "") + (" " + verdict(np.mean(v), ADAPTATION[s][0]) if s in ADAPTATION and method.startswith("dann") and not built_in else "")
                                            for s, v in zip(scenarios, shares))))
-            rows.append(("course's bar; best student's DANN", *(f"{ADAPTATION[s][0]} %; {ADAPTATION[s][1]} %" if s in ADAPTATION else "" for s in scenarios)))
+            if not built_in:
+                rows.append(("course's bar; best student's DANN", *(f"{ADAPTATION[s][0]} %; {ADAPTATION[s][1]} %" if s in ADAPTATION else "" for s in scenarios)))
             table(("accuracy on the target's val images", *(s.replace("-", " &rarr; ") for s in scenarios)), rows)
         for path in figures:
             if path.suffix == ".png":
@@ -869,11 +905,11 @@ def write_report(out):
             body.insert(start, f"<h2>{title}</h2>")
     if commands:
         body.append("<h2>Commands and times</h2>")
-        table(("seconds", "command"), [(seconds, f"<code>{html.escape(command)}</code>") for seconds, command in commands])
+        table(("seconds", "command"), [(seconds, f"<code>{html.escape(command)}</code>") for command, seconds in commands.items()])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, {device}, {platform.platform()}; seed 0 unless a command says otherwise"
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>Report</title><style>{STYLE}</style></head>'
-            f"<body><h1>Four problems of deep generative vision</h1><p>{html.escape(versions)}</p>{''.join(body)}</body></html>")
+            f"<body><h1>Four problems of deep generative vision</h1>{'<p><b>Made with the built-in data: for trying things out, no results.</b></p>' if built_in else ''}<p>{html.escape(versions)}</p>{''.join(body)}</body></html>")
     temporary = out / "report.html.tmp"
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, out / "report.html")
@@ -897,20 +933,28 @@ def main():
     d.add_argument("--from", dest="source", metavar="DIR", help="folder with the original files (default: downloaded into OUT/downloads)")
     r = commands.add_parser("report", help="write OUT/report.html from what run_all.sh left there")
     r.add_argument("out", help="run_all.sh's OUT")
+    r.add_argument("--built-in", action="store_true", help="the data were the built-in ones: no comparison with the course's bars")
     for command in (f, d, r):
         command.error = fail
     args = p.parse_args()
-    if args.command == "data":
-        if args.source and not Path(args.source).is_dir():
-            fail(f"--from {args.source}: no such folder")
-        raise SystemExit(1 if make_data(args.out, args.source) else 0)
-    if args.command == "report":
-        if not Path(args.out).is_dir():
-            fail(f"{args.out}: no such folder; expected the OUT of run_all.sh")
-        return write_report(args.out)
-    result = score_images(args.generated, args.reference, args.inception, "cuda" if torch.cuda.is_available() else "cpu", args.save_reference)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1))
+    try:
+        if args.command == "data":
+            if args.source and not Path(args.source).is_dir():
+                fail(f"--from {args.source}: no such folder")
+            raise SystemExit(1 if make_data(args.out, args.source) else 0)
+        if args.command == "report":
+            if not Path(args.out).is_dir():
+                fail(f"{args.out}: no such folder; expected the OUT of run_all.sh")
+            return write_report(args.out, args.built_in)
+        for path in filter(None, (args.json, args.save_reference)):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        result = score_images(args.generated, args.reference, args.inception, "cuda" if torch.cuda.is_available() else "cpu", args.save_reference)
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=1))
+    except OSError as e:  # a full disk, a folder without permission, a file in a folder's place
+        fail(f"{e.filename}: {e.strerror or e}")
+    except KeyboardInterrupt:
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":

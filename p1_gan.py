@@ -309,7 +309,7 @@ def d_step(args, g, d, optim, images, labels, p):
     average_gradients(d, args)
     optim.step()
     show = torch.sigmoid if args.method == "dcgan" else lambda v: v
-    return torch.stack([loss.detach(), show(real_logits.detach().float()).mean(), show(fake_logits.detach().float()).mean()])
+    return torch.stack([loss.detach() + gradient_check(d), show(real_logits.detach().float()).mean(), show(fake_logits.detach().float()).mean()])
 
 
 def g_step(args, g, d, optim):
@@ -325,7 +325,12 @@ def g_step(args, g, d, optim):
     loss.backward(inputs=list(g.parameters()))
     average_gradients(g, args)
     optim.step()
-    return loss.detach()
+    return loss.detach() + gradient_check(g)
+
+
+def gradient_check(net):
+    """0, or NaN where a gradient is not finite: added to the loss, so that both are checked at once."""
+    return 0 * torch.stack(torch._foreach_norm([p.grad for p in net.parameters()])).sum()
 
 
 def rate(decay, p):
@@ -380,7 +385,7 @@ def train(args):
           f"{args.steps * args.batch_size / len(images):.0f} epochs, {args.device}, {'bf16' if args.bf16 else 'float32'}", flush=True)
     if args.rank:
         torch.manual_seed(int(np.random.SeedSequence([args.seed, step, args.rank]).generate_state(1)[0]))  # every process draws images and noise of its own
-    stop = []
+    stop, problem = [], None
     handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", disable=args.rank > 0, mininterval=1 if sys.stderr.isatty() else 60)
     start = saved = time.perf_counter()
@@ -412,10 +417,15 @@ def train(args):
                     if problem := save_checkpoint(args, target, (g, ema, d), (optim_g, optim_d), step, now, log):
                         print(f"warning: {problem}; training goes on", file=sys.stderr)
                 saved = time.perf_counter() if due else saved
+            if done:
+                problem = save_checkpoint(args, path, (g, ema, d), (optim_g, optim_d), step, seconds + time.perf_counter() - start, log)
             if show and args.rank == 0:
-                write_png(path.with_name(f"{path.stem}_grids") / f"{step:06d}.png", sample_grid(ema.eval(), args.method, args.seed))
+                try:
+                    write_png(path.with_name(f"{path.stem}_grids") / f"{step:06d}.png", sample_grid(ema.eval(), args.method, args.seed))
+                except OSError as e:
+                    print(f"warning: no grid of step {step} ({e.strerror or e}); training goes on", file=sys.stderr)
         seconds += time.perf_counter() - start
-        if problem := save_checkpoint(args, path, (g, ema, d), (optim_g, optim_d), step, seconds, log):
+        if problem:
             fail(problem)
     finally:
         bar.close()
@@ -466,8 +476,8 @@ def sample(args):
         names = [f"{number:04d}.png" for number in range(args.num)]
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    others = sorted(set(os.listdir(out)) - set(names))
-    if others:
+    others = sorted(name for name in set(os.listdir(out)) - set(names) if not name.endswith(".tmp"))
+    if others and args.rank == 0:
         print(f"warning: {out} holds {len(others)} other entries ({', '.join(others[:20])}{', ...' if others[20:] else ''}); "
               "graders read every file: use an empty folder", file=sys.stderr)
     keys, names = keys[args.rank::args.world], names[args.rank::args.world]
@@ -511,7 +521,7 @@ def evaluate(args):
     """acgan: digit accuracy and diversity of --input's PNGs, as in p2_diffusion.py; else FID, KID and IS against the val faces."""
     import json
 
-    from common import score_digits, score_images
+    from common import face_folder, score_digits, score_images
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if args.method == "acgan":
@@ -519,7 +529,7 @@ def evaluate(args):
     else:
         if not args.data:
             fail("--mode eval needs --data DIR, whose face/val is the reference")
-        result = score_images(args.input, Path(args.data) / "face" / "val", args.inception, args.device)
+        result = score_images(args.input, face_folder(args.data, "val"), args.inception, args.device)
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1))
 
@@ -582,7 +592,7 @@ def parse_args(argv=None):
 
     add(p, "--mode", "train", "what to do", choices=("train", "sample", "eval", "grid"))
     add(p, "--method", "sngan", "the algorithm", choices=tuple(PRESETS))
-    add(p, "--data", None, "folder of the course's layout or a torchvision root", metavar="DIR", shown="built-in faces or digits")
+    add(p, "--data", None, "folder of the course's layout; acgan: or a torchvision root", metavar="DIR", shown="built-in faces or digits")
     add(p, "--input", "samples", "images that eval reads", metavar="DIR")
     add(p, "--inception", None, "eval: weights of pytorch-fid's Inception network", metavar="FILE", shown="downloaded once")
     add(p, "--out", None, "where sample and grid write; for eval, a JSON file", metavar="PATH", shown="samples, figures, none")
@@ -622,13 +632,15 @@ def parse_args(argv=None):
         fail(f"--ckpt {' '.join(args.ckpt)}: --mode {args.mode} takes one; only grid shows several")
     args.out = args.out or {"sample": "samples", "grid": "figures"}.get(args.mode)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    if args.world > 1 and args.mode not in ("train", "sample"):
+        fail(f"--mode {args.mode} with {args.world} processes: only train and sample share their work")
     try:
         args.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+        if args.device.type == "cuda" and args.world > 1:
+            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=args.device)
         if args.device.type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu or cuda")
-        if args.device.type == "cuda" and args.world > 1:
-            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     except (RuntimeError, AssertionError) as e:
         fail(f"--device {args.device}: not available here ({str(e).splitlines()[0]}); use --device cpu")
     args.bf16 = bf16_available(args.device) if args.precision == "auto" else args.precision == "bf16"

@@ -512,8 +512,8 @@ def sample(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     pairs = [(digit, number) for digit in range(DIGITS) for number in range(1, args.num + 1)]
-    others = sorted(set(os.listdir(out)) - {f"{digit}_{number:03d}.png" for digit, number in pairs})
-    if others:
+    others = sorted(name for name in set(os.listdir(out)) - {f"{digit}_{number:03d}.png" for digit, number in pairs} if not name.endswith(".tmp"))
+    if others and args.rank == 0:
         print(f"warning: {out} holds {len(others)} other entries ({', '.join(others[:20])}{', ...' if others[20:] else ''}); "
               "graders read every file: use an empty folder", file=sys.stderr)
     pairs = pairs[args.rank::args.world]
@@ -636,13 +636,15 @@ def parse_args(argv=None):
     args.ckpt = args.ckpt or f"checkpoints/p2_diffusion_{args.arch}.pt"
     args.out = args.out or {"sample": "samples", "grid": "figures"}.get(args.mode)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    if args.world > 1 and args.mode not in ("train", "sample"):
+        fail(f"--mode {args.mode} with {args.world} processes: only train and sample share their work")
     try:
         args.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+        if args.device.type == "cuda" and args.world > 1:
+            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=args.device)
         if args.device.type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu or cuda")
-        if args.device.type == "cuda" and args.world > 1:
-            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     except (RuntimeError, AssertionError) as e:
         fail(f"--device {args.device}: not available here ({str(e).splitlines()[0]}); use --device cpu")
     args.bf16 = bf16_available(args.device) if args.precision == "auto" else args.precision == "bf16"

@@ -17,6 +17,7 @@ Network and sampler agree with values of the course's original network (tests/te
 """
 import argparse
 import csv
+import json
 import math
 import os
 import signal
@@ -174,8 +175,10 @@ def make_alpha_bar():
 
 
 def slerp(a, b, weight):
-    """Spherical interpolation on the whole flattened tensor; 0 gives a, 1 gives b."""
-    theta = torch.acos((a * b).sum() / (a.norm() * b.norm()))
+    """Spherical interpolation on the whole flattened tensor; 0 gives a, 1 gives b; parallel ones as lerp."""
+    theta = torch.acos(((a * b).sum() / (a.norm() * b.norm())).clamp(-1, 1))
+    if theta.sin() < 1e-6:
+        return lerp(a, b, weight)
     return torch.sin((1 - weight) * theta) / torch.sin(theta) * a + torch.sin(weight * theta) / torch.sin(theta) * b
 
 
@@ -199,7 +202,7 @@ def diffusion_loss(model, x0, alpha_bar, gamma):
 
 
 def ddim_times(steps):
-    """The course's time steps: 1, 21, ..., 981 for 50, and 0, where the last update ends."""
+    """The course's time steps: 1, 21, ..., 981 for 50, and 0, where the last update ends. steps: a divisor of 1000."""
     return [0, *range(1, T, T // steps)]
 
 
@@ -340,7 +343,7 @@ def load_checkpoint(args):
 def resume(args, model, ema, optim):
     """Loads --ckpt into the training state; returns step, seconds and log. Differing settings are refused, not ignored."""
     ckpt = load_checkpoint(args)
-    if "script" not in ckpt:
+    if not isinstance(ckpt, dict) or "script" not in ckpt:
         fail(f"--resume: {args.ckpt} is a state dict without the state of training; give another --ckpt")
     differ = [f"{k} {getattr(args, k)} (checkpoint: {ckpt['args'][k]})" for k in NETWORK + TRAINING if getattr(args, k) != ckpt["args"][k]]
     if differ:
@@ -467,6 +470,8 @@ def load_model(args):
         if names:
             fail(f"--ckpt {args.ckpt}: {len(names)} entries {what}, for instance {', '.join(sorted(names)[:3])}; expected the {len(wanted)} of the course's UNet.pt")
     model.load_state_dict(state)
+    if args.size % model.factor:
+        fail(f"--size {args.size}: expected a multiple of {model.factor}, so that the network can halve it often enough")
     return model.to(args.device).eval()
 
 
@@ -479,11 +484,11 @@ def load_noises(args, model, count=None):
     """(names, tensor (N, 3, H, W)) of all *.pt in --noise, or of the first `count`; without --noise, those that --mode noise would write, --num of them."""
     if args.noise is None:
         count = count or args.num
-        names = [f"{i:0{max(2, len(str(count - 1)))}d}" for i in range(count)]
+        names = [f"{i:04d}" for i in range(count)]
         return names, torch.cat([torch.randn(1, 3, args.size, args.size, generator=image_noise(i, args)) for i in range(count)]).to(args.device)
     paths = sorted(Path(args.noise).glob("*.pt"))[:count]
     if len(paths) < (count or 1):
-        fail(f"--noise {args.noise}: found {len(paths)} files *.pt, expected at least {count or 1}; make some with --mode noise --out {args.noise}")
+        fail(f"--noise {args.noise}: found {len(paths)} files *.pt, expected at least {count or 1}; make ten in another folder with --mode noise --out FOLDER")
     noises = []
     for path in paths:
         try:
@@ -511,6 +516,7 @@ def predictor(model, args, alpha_bar, calls):
         done += 1
         bar.update()
         if done == 2:  # the first call is slower
+            eps = out.sum().item()  # waits for a GPU
             print(f"about {(time.perf_counter() - start) / 2 * calls:.0f} s for {calls} network calls on {x.device}", flush=True)
         if done == calls:
             bar.close()
@@ -520,14 +526,13 @@ def predictor(model, args, alpha_bar, calls):
 
 
 @torch.inference_mode()
-def generate(model, noises, args, eta=0.0):
-    """Noises (N, 3, H, W) -> images uint8 (N, 3, H, W). What eta > 0 and ddpm add depends on --seed and the image's place in `noises` alone."""
-    alpha_bar, out, size = make_alpha_bar(), [], batch_size(args, noises)
-    steps = {"ddpm": T, "ddim": len(ddim_times(args.sample_steps)) - 1, "dpm++": len(dpm_times(alpha_bar, args.sample_steps))}[args.sampler]
-    eps_model = predictor(model, args, alpha_bar, math.ceil(len(noises) / size) * steps)
+def generate(model, noises, args, eta=0.0, numbers=None):
+    """Noises (N, 3, H, W) -> batches of images uint8 (B, 3, H, W), one after the other. What eta > 0 and ddpm add depends on --seed and the image's number alone (default: 0 to N - 1)."""
+    alpha_bar, size, numbers = make_alpha_bar(), batch_size(args, noises), numbers or range(len(noises))
+    eps_model = predictor(model, args, alpha_bar, math.ceil(len(noises) / size) * network_calls(args))
     for i in range(0, len(noises), size):
         x = noises[i:i + size]
-        generators = [image_noise(10**6 + j, args) for j in range(i, i + len(x))]
+        generators = [image_noise(10**6 + j, args) for j in numbers[i:i + size]]
 
         def noise():
             return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device)
@@ -536,8 +541,7 @@ def generate(model, noises, args, eta=0.0):
             x = ddim(eps_model, x, alpha_bar, args.sample_steps, eta, noise)
         else:
             x = dpm_solver(eps_model, x, alpha_bar, args.sample_steps) if args.sampler == "dpm++" else ddpm(eps_model, x, alpha_bar, noise)
-        out.append(to_uint8(x, min_max=not args.own))
-    return torch.cat(out)
+        yield to_uint8(x, min_max=not args.own)
 
 
 def batch_size(args, images):
@@ -550,24 +554,38 @@ def sample(args):
     model, out = load_model(args), Path(args.out)
     names, noises = load_noises(args, model)
     out.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    names, noises = names[args.rank::args.world], noises[args.rank::args.world]
-    for name, image in zip(names, generate(model, noises, args, args.eta[0])):
-        write_png(out / f"{name}.png", image)
-    print(f"{len(names)} images in {out}: {time.perf_counter() - start:.1f} s, {how(args)}")
+    others = sorted(name for name in set(os.listdir(out)) - {f"{name}.png" for name in names} if not name.endswith(".tmp"))
+    if others and args.rank == 0:
+        print(f"warning: {out} holds {len(others)} other entries ({', '.join(others[:20])}{', ...' if others[20:] else ''}); use an empty folder", file=sys.stderr)
+    numbers, start = range(args.rank, len(names), args.world), time.perf_counter()
+    written = iter(numbers)
+    for images in generate(model, noises[args.rank::args.world], args, args.eta[0], numbers):
+        for image in images:
+            write_png(out / f"{names[next(written)]}.png", image)
+    print(f"{len(numbers)} images in {out}: {time.perf_counter() - start:.1f} s, {how(args)}")
+
+
+def network_calls(args):
+    """How often the sampler calls the network for one image."""
+    return {"ddpm": T, "ddim": len(ddim_times(args.sample_steps)) - 1, "dpm++": len(dpm_times(make_alpha_bar(), args.sample_steps))}[args.sampler]
 
 
 def how(args):
     """The sampler and its number of network calls, for titles."""
-    return "DDPM, 1000 steps" if args.sampler == "ddpm" else f"{'DDIM' if args.sampler == 'ddim' else 'DPM-Solver++(2M)'}, {args.sample_steps} steps"
+    return f"{dict(zip(('ddim', 'dpm++', 'ddpm'), ('DDIM', 'DPM-Solver++(2M)', 'DDPM')))[args.sampler]}, {network_calls(args)} steps"
 
 
 @torch.inference_mode()
 def invert(args):
     """For each image of --input, writes the noise NN.pt that DDIM turns into it and what comes back as NN.png into --out; prints the PSNR of that."""
-    from common import image_files, read_image
-    model, out, alpha_bar = load_model(args), Path(args.out), make_alpha_bar()
-    files = image_files(args.input, "--input")[:args.num]
+    from common import read_image
+    out = Path(args.out)
+    if not Path(args.input).is_dir():
+        fail(f"--input {args.input}: no such folder of images")
+    files = sorted(p for p in Path(args.input).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))[:args.num]
+    if not files or len({p.stem for p in files}) < len(files) or out.resolve() == Path(args.input).resolve():
+        fail(f"--input {args.input}, --out {out}: expected PNG or JPEG images of different names before the dot, and another folder for what comes back")
+    model, alpha_bar = load_model(args), make_alpha_bar()
     images = torch.from_numpy(np.stack([read_image(f, (args.size, args.size)) for f in files])).permute(0, 3, 1, 2).to(args.device)
     out.mkdir(parents=True, exist_ok=True)
     size, calls, errors = batch_size(args, images), len(ddim_times(args.sample_steps)) - 1, []
@@ -578,7 +596,7 @@ def invert(args):
         back = to_uint8(ddim(eps_model, noises, alpha_bar, args.sample_steps), min_max=False)
         errors += (back.double() - batch.cpu()).square().mean((1, 2, 3)).tolist()
         for file, noise, image in zip(files[i:i + size], noises, back):
-            torch.save(noise[None].cpu(), out / f"{file.stem}.pt")
+            save_noise(noise[None], out / f"{file.stem}.pt")
             write_png(out / f"{file.stem}.png", image)
     psnr = [10 * math.log10(255**2 / max(e, 1e-9)) for e in errors]
     print(f"{len(files)} images in {out}: PSNR of the reconstruction {np.mean(psnr):.2f} dB, worst {min(psnr):.2f}, {how(args)}, {args.iterations} iterations")
@@ -597,8 +615,23 @@ def write_png(path, image):
 def write_noise(args):
     """Writes ten noises 00.pt ... 09.pt of shape (1, 3, --size, --size)."""
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    for i in range(10):
-        torch.save(torch.randn(1, 3, args.size, args.size, generator=image_noise(i, args)), Path(args.out) / f"{i:02d}.pt")
+    paths = [Path(args.out) / f"{i:02d}.pt" for i in range(10)]
+    if any(path.exists() for path in paths):
+        fail(f"--out {args.out}: holds noises already; give another folder")
+    for i, path in enumerate(paths):
+        save_noise(torch.randn(1, 3, args.size, args.size, generator=image_noise(i, args)), path)
+
+
+def save_noise(noise, path):
+    """A tensor as file, whole or not at all; OSError where that fails."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        torch.save(noise.cpu().clone(), temporary)
+        os.replace(temporary, path)
+    except RuntimeError as e:
+        raise OSError(None, str(e).splitlines()[0], str(path)) from e
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------ evaluate and plots
@@ -619,6 +652,9 @@ def mse(args):
         errors.append(((a - b) ** 2).mean())
         print(f"{name}  {errors[-1]:.4f}")
     print(f"mean {np.mean(errors):.4f}  largest {max(errors):.4f}  (baseline: every image below 20)")
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(json.dumps({"n": len(errors), "mse": float(np.mean(errors)), "largest": max(errors)}, indent=1))
 
 
 def eta_grid(args):
@@ -626,7 +662,7 @@ def eta_grid(args):
     from common import save_grid
     model = load_model(args)
     names, noises = load_noises(args, model, 4)
-    rows = torch.stack([generate(model, noises, args, eta) for eta in args.eta])
+    rows = torch.stack([torch.cat([*generate(model, noises, args, eta)]) for eta in args.eta])
     Path(args.out).mkdir(parents=True, exist_ok=True)
     save_grid(Path(args.out) / "eta_grid.png", rows, [f"eta = {eta}" for eta in args.eta], [f"{n}.pt" for n in names], how(args), scale=2.5)
 
@@ -640,7 +676,7 @@ def interpolate(args):
     latents = [[f(a, b, w) for w in weights] for f in (slerp, lerp)]
     for name, row in zip(("slerp", "lerp"), latents):
         print(f"norm, {name}: " + "  ".join(f"{x.norm():.1f}" for x in row))
-    images = generate(model, torch.stack([x for row in latents for x in row]), args)
+    images = torch.cat([*generate(model, torch.stack([x for row in latents for x in row]), args)])
     Path(args.out).mkdir(parents=True, exist_ok=True)
     save_grid(Path(args.out) / "interpolation.png", images.view(2, 11, *images.shape[1:]), ["slerp", "lerp"], weights,
               f"from {names[0]}.pt to {names[1]}.pt, {how(args)}", scale=1.5)
@@ -648,14 +684,12 @@ def interpolate(args):
 
 def evaluate(args):
     """FID, KID and IS of --input's images against the val faces; --out FILE gets them as JSON."""
-    import json
-
-    from common import score_images
+    from common import face_folder, score_images
     if not args.data:
         fail("--mode eval needs --data DIR, whose face/val is the reference")
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    result = score_images(args.input, Path(args.data) / "face" / "val", args.inception, args.device)
+    result = score_images(args.input, face_folder(args.data, "val"), args.inception, args.device)
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1))
 
@@ -664,7 +698,7 @@ def grid(args):
     """Writes first.png (32 images), training.png and network.txt into --out."""
     from common import save_curves, save_grid
     model, out, log = load_model(args), Path(args.out), Path(args.ckpt).with_suffix(".log.csv")
-    images = generate(model, load_noises(args, model, 32)[1], args)
+    images = torch.cat([*generate(model, load_noises(args, model, 32)[1], args)])
     out.mkdir(parents=True, exist_ok=True)
     save_grid(out / "first.png", images.view(4, 8, *images.shape[1:]), [""] * 4, [""] * 8, how(args), scale=1.5)
     (out / "network.txt").write_text(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{model}\n")
@@ -700,7 +734,7 @@ def parse_args(argv=None):
     add(p, "--input", "samples", "mse, eval: generated images; invert: images", metavar="DIR")
     add(p, "--gt", "face/GT", "mse: ground truth with the same file names", metavar="DIR")
     add(p, "--inception", None, "eval: weights of pytorch-fid's Inception network", metavar="FILE", shown="downloaded once")
-    add(p, "--out", None, "where results go; for eval, a JSON file", metavar="PATH", shown="samples, noise, inverted, figures, none")
+    add(p, "--out", None, "where results go; for eval and mse, a JSON file", metavar="PATH", shown="samples, noise, inverted, figures, none")
     add(p, "--size", None, "height and width in train and noise", type=number(int, 8), shown="train 64, --fast 32, noise 256")
     add(p, "--batch-size", None, "images at a time; bounds the memory", type=number(int, 1), shown="train 32; else 5 of 256x256, 80 of 64x64")
     add(p, "--seed", 0, "random seed of training and of all noise", type=number(int, 0, 2**40))
@@ -726,11 +760,11 @@ def parse_args(argv=None):
     add(g, "--dropout", 0.0, "dropout in the residual blocks", type=number(float, 0, 1))
     add(g, "--patch", 2, "pixels folded into channels at the entrance", type=int, choices=(1, 2, 4))
     args = p.parse_args(argv)
-    train, factor = args.mode == "train", args.patch * 2 ** (len(args.multipliers) - 1) if args.mode == "train" else 32
+    train, factor = args.mode == "train", args.patch * 2 ** (len(args.multipliers) - 1)
     if train or args.mode == "noise":
         args.size = args.size or (256 if not train else 32 if args.fast else 64)
-        if args.size % factor:
-            fail(f"--size {args.size}: expected a multiple of {factor}, so that the network can halve it often enough")
+        if args.size % (factor if train else 8):
+            fail(f"--size {args.size}: expected a multiple of {factor if train else 8}, so that the network can halve it often enough")
     if args.channel % 32:
         fail(f"--channel {args.channel}: expected a multiple of 32")
     args.steps = args.steps or (1500 if args.fast else 20000)
@@ -739,15 +773,21 @@ def parse_args(argv=None):
     args.eta = args.eta or ([0.0, 0.25, 0.5, 0.75, 1.0] if args.mode == "eta-grid" else [0.0])
     if len(args.eta) > 1 and args.mode != "eta-grid":
         fail(f"--eta {' '.join(map(str, args.eta))}: --mode {args.mode} takes one; only eta-grid shows several")
-    args.out = args.out or {"sample": "samples", "noise": "noise", "invert": "inverted", "eval": None}.get(args.mode, "figures")
+    if args.sampler == "ddim" and (T % args.sample_steps or args.sample_steps < 2):
+        fail(f"--sample-steps {args.sample_steps}: expected a divisor of {T} from 2 on; DDIM's steps are evenly spaced")
+    if args.mode == "invert" and args.sampler != "ddim":
+        fail(f"--mode invert --sampler {args.sampler}: it is DDIM that is inverted")
+    args.out = args.out or {"sample": "samples", "noise": "noise", "invert": "inverted", "eval": None, "mse": None}.get(args.mode, "figures")
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    if args.world > 1 and args.mode not in ("train", "sample"):
+        fail(f"--mode {args.mode} with {args.world} processes: only train and sample share their work")
     try:
         args.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+        if args.device.type == "cuda" and args.world > 1:
+            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=args.device)
         if args.device.type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu or cuda")
-        if args.device.type == "cuda" and args.world > 1:
-            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     except (RuntimeError, AssertionError) as e:
         fail(f"--device {args.device}: not available here ({str(e).splitlines()[0]}); use --device cpu")
     args.bf16 = bf16_available(args.device) if args.precision == "auto" else args.precision == "bf16"

@@ -58,7 +58,9 @@ def test_two_processes_do_not_train_into_one_checkpoint(tmp_path, error):
     other = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common; common.claim_checkpoint({str(ckpt)!r}, False); print('claimed', flush=True); input()"],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "claimed\n"
+    (tmp_path / "model.pt.tmp").write_text("being written")
     assert "another process is training into it" in error(common.claim_checkpoint, ckpt, False)
+    assert (tmp_path / "model.pt.tmp").read_text() == "being written"
     common.claim_checkpoint(tmp_path / "another.pt", False)
     other.communicate("\n")
     common.claim_checkpoint(ckpt, False)

@@ -131,7 +131,7 @@ def test_d_step_augments_real_and_generated_images_alike(monkeypatch):
     monkeypatch.setattr(p1, "diffaugment", lambda x, policy: seen.append((policy, x.requires_grad)) or x)
     p1.d_step(args, g, d, optim, torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), None, 0.0)
     p1.g_step(args, g, d, torch.optim.SGD(g.parameters(), 0.0))
-    assert seen == [("color,translation", False), ("color,translation", False), ("color,translation", True)]
+    assert seen == [("translation", False), ("translation", False), ("translation", True)]
 
 
 def test_ema():

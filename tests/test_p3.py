@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import p3_ddim as p3
 from conftest import ROOT
 
@@ -139,14 +140,16 @@ def test_eta(tiny):
     model, folder = tiny
     noises, args = torch.randn(3, 3, 32, 32), p3.parse_args(["--mode", "sample", "--device", "cpu", "--sample-steps", "5"])
     args.own = False
-    zero = p3.generate(model, noises, args)
-    assert torch.equal(zero, p3.generate(model, noises, args))
-    half = p3.generate(model, noises, args, 0.5)
-    assert not torch.equal(half, zero)
+
+    def generate(eta):
+        return torch.cat([*p3.generate(model, noises, args, eta)]).int()
+
+    zero, half = generate(0.0), generate(0.5)
+    assert torch.equal(zero, generate(0.0)) and not torch.equal(half, zero)
     args.batch_size = 1
-    assert (p3.generate(model, noises, args, 0.5).int() - half.int()).abs().max() <= 1
+    assert (generate(0.5) - half).abs().max() <= 1
     args.seed = 1
-    assert (p3.generate(model, noises, args, 0.5).int() - half.int()).abs().max() > 1
+    assert (generate(0.5) - half).abs().max() > 1
 
 
 def test_slerp_and_lerp():
@@ -156,6 +159,7 @@ def test_slerp_and_lerp():
     for w in (0.1, 0.5, 0.9):
         assert p3.slerp(a, b, w).norm().item() == pytest.approx(a.norm().item(), rel=1e-9)
     assert p3.lerp(a, b, 0.5).norm() < 0.75 * a.norm()
+    assert torch.allclose(p3.slerp(a, a, 0.5), a) and p3.slerp(a.float(), 1.000001 * a.float(), 0.5).isfinite().all()
 
 
 def test_min_max_and_rounding():
@@ -176,6 +180,8 @@ def test_figures_and_mse(tiny, capsys, error):
         Image.new("RGB", (8, 8), (value, 250, value)).save(folder / name / "00.png")
     p3.main(["--mode", "mse", "--input", str(folder / "a"), "--gt", str(folder / "b")])
     assert "00.png  6.0000" in capsys.readouterr().out
+    p3.main(["--mode", "mse", "--input", str(folder / "a"), "--gt", str(folder / "b"), "--out", str(folder / "mse.json")])
+    assert json.loads((folder / "mse.json").read_text()) == {"n": 1, "mse": 6.0, "largest": 6.0}
     Image.new("RGB", (8, 8)).save(folder / "b" / "01.png")
     assert "01.png" in error(p3.main, ["--mode", "mse", "--input", str(folder / "a"), "--gt", str(folder / "b")])
 
@@ -197,6 +203,7 @@ def test_bad_input(tiny, error):
     (folder / "UNet.txt").write_text("x")
     assert "not a readable checkpoint or state dict" in message("--ckpt", str(folder / "UNet.txt"))
     assert "found 0 files" in message("--noise", str(folder / "nothing"))
+    assert "holds noises already" in error(p3.main, ["--mode", "noise", "--size", "32", "--out", str(folder / "noise")])
     for bad, found in ((torch.zeros(1, 3, 33, 32), "(1, 3, 33, 32)"), (torch.zeros(3, 32, 32), "(3, 32, 32)"), (torch.zeros(1, 3, 32, 32).double(), "float64"), ([1], "list")):
         torch.save(bad, folder / "noise" / "00.pt")
         assert found in message()
@@ -336,27 +343,41 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(own, tmp_path, capsys):
 
 # ------------------------------------------------------------------ sampling and inversion with one's own network
 
-@pytest.mark.parametrize("sampler", [["--sampler", "dpm++", "--sample-steps", "4"], ["--sampler", "ddim", "--sample-steps", "4", "--eta", "0.5"]])
+@pytest.mark.parametrize("sampler", [["--sampler", "dpm++", "--sample-steps", "4"], ["--sampler", "ddim", "--sample-steps", "4", "--eta", "0.5"], ["--sampler", "ddpm"]])
 def test_images_do_not_depend_on_batch_size_or_number(own, tmp_path, sampler):
     def sample(out, *options):
         p3.main(["--mode", "sample", "--ckpt", str(own), "--out", str(tmp_path / out), "--device", "cpu", "--precision", "float32", *sampler, *options])
         return {name: np.array(Image.open(tmp_path / out / name)).astype(int) for name in sorted(os.listdir(tmp_path / out))}
 
     ten = sample("ten", "--num", "10")
-    assert list(ten) == [f"{i:02d}.png" for i in range(10)] and ten["00.png"].shape == (16, 16, 3)
+    assert list(ten) == [f"{i:04d}.png" for i in range(10)] and ten["0000.png"].shape == (16, 16, 3)
     for other in (sample("batches", "--num", "10", "--batch-size", "3"), sample("few", "--num", "4")):
         assert all(np.abs(image - ten[name]).max() <= 1 for name, image in other.items())
-    assert np.abs(sample("seed", "--num", "1", "--seed", "1")["00.png"] - ten["00.png"]).max() > 1
+    assert np.abs(sample("seed", "--num", "1", "--seed", "1")["0000.png"] - ten["0000.png"]).max() > 1
 
 
-def test_inversion_returns_the_image_and_its_noise_interpolates(own, tmp_path, capsys):
+def test_inversion_returns_the_image_and_its_noise_interpolates(tmp_path, capsys, error):
+    """With a network of 300 steps: more iterations reconstruct better, and the noises' interpolation starts and ends at the images."""
+    own = tmp_path / "own.pt"
+    train(own, 300)
     (tmp_path / "photos").mkdir()
-    for name, colour in (("a", (200, 120, 90)), ("b", (30, 60, 200))):
-        Image.linear_gradient("L").resize((16, 16)).convert("RGB").point(lambda v, c=colour: v).save(tmp_path / "photos" / f"{name}.png")
-    p3.main(["--mode", "invert", "--ckpt", str(own), "--input", str(tmp_path / "photos"), "--out", str(tmp_path / "inverted"), "--device", "cpu", "--precision", "float32"])
-    assert float(re.search(r"PSNR of the reconstruction ([\d.]+)", capsys.readouterr().out)[1]) > 35
+    images = {}
+    for name, i in (("a", 0), ("b", 1)):
+        images[name] = common.load_faces(None, "val", 16)[i].permute(1, 2, 0).numpy().astype(int)
+        Image.fromarray(images[name].astype(np.uint8)).save(tmp_path / "photos" / f"{name}.png")
+
+    def invert(*options):
+        p3.main(["--mode", "invert", "--ckpt", str(own), "--input", str(tmp_path / "photos"), "--out", str(tmp_path / "inverted"), "--device", "cpu", "--precision", "float32", *options])
+        return float(re.search(r"PSNR of the reconstruction ([\d.]+)", capsys.readouterr().out)[1])
+
+    usual, solved = invert("--iterations", "1"), invert("--iterations", "5")
+    assert solved > usual + 3 and solved > 35, (usual, solved)
     assert sorted(os.listdir(tmp_path / "inverted")) == ["a.png", "a.pt", "b.png", "b.pt"]
-    p3.main(["--mode", "interpolate", "--ckpt", str(own), "--noise", str(tmp_path / "inverted"), "--out", str(tmp_path / "figures"), "--sample-steps", "3", "--device", "cpu"])
+    assert os.path.getsize(tmp_path / "inverted" / "a.pt") < 10_000  # one noise, not the batch's
+    for name, image in images.items():
+        assert np.abs(np.array(Image.open(tmp_path / "inverted" / f"{name}.png")).astype(int) - image).mean() < 5
+    assert "another folder" in error(p3.main, ["--mode", "invert", "--ckpt", str(own), "--input", str(tmp_path / "photos"), "--out", str(tmp_path / "photos")])
+    p3.main(["--mode", "interpolate", "--ckpt", str(own), "--noise", str(tmp_path / "inverted"), "--out", str(tmp_path / "figures"), "--sample-steps", "4", "--device", "cpu"])
     p3.main(["--mode", "grid", "--ckpt", str(own), "--out", str(tmp_path / "figures"), "--sampler", "dpm++", "--sample-steps", "2", "--device", "cpu"])
     assert sorted(os.listdir(tmp_path / "figures")) == ["first.png", "interpolation.png", "network.txt", "training.png"]
 
@@ -383,11 +404,12 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         p3.main(["-h"])
     out = capsys.readouterr().out
-    assert stop.value.code == 0 and all("(default:" in part.split("\n  --")[0] for part in out.split("--sampler")[-1:])
+    options = re.findall(r"^  (--[\w-]+)", out, re.M)
+    assert stop.value.code == 0 and "2010.02502" in out and len(options) >= 28 and out.count("(default:") >= len(options) - 2
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--lr", "-1"], ["--mode", "fly"], ["--size", "36"], ["--mode", "noise", "--size", "100"], ["--channel", "33"], ["--patch", "3"],
-                                       ["--mode", "sample", "--eta", "0", "1"], ["--eta", "2"], ["--sample-steps", "501"], ["--device", "tpu"]])
+                                       ["--mode", "sample", "--eta", "0", "1"], ["--eta", "2"], ["--sample-steps", "501"], ["--sample-steps", "30"], ["--mode", "invert", "--sampler", "dpm++"], ["--device", "tpu"]])
 def test_wrong_options(arguments, error):
     error(p3.main, arguments)
 
@@ -409,7 +431,7 @@ def test_bad_checkpoints(own, tmp_path, error):
     torch.save({"script": "p1_gan", "args": {}}, tmp_path / "p1.pt")
     assert "found p1_gan" in message(tmp_path / "p1.pt")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    assert "427 entries missing" in message(tmp_path / "tensor.pt")
+    assert "427 entries missing" in message(tmp_path / "tensor.pt") and "without the state of training" in error(train, tmp_path / "tensor.pt", 9, "--resume")
     torch.save(Hostile(tmp_path / "executed"), tmp_path / "hostile.pt")
     assert "not a readable" in message(tmp_path / "hostile.pt") and not (tmp_path / "executed").exists()
     torch.save(torch.load(own, weights_only=True)["ema"], tmp_path / "state.pt")

@@ -16,7 +16,7 @@ SCRIPTS = {
     "p2_diffusion.py": ["--channels", "32", "32"],
     "p3_ddim.py": ["--size", "16", "--channel", "32", "--multipliers", "1", "2"],
 }
-SAMPLING = {"p1_gan.py": ["--num", "6"], "p2_diffusion.py": ["--num", "1", "--sample-steps", "2"], "p3_ddim.py": ["--num", "6", "--sample-steps", "2"]}
+SAMPLING = {"p1_gan.py": ["--num", "6"], "p2_diffusion.py": ["--num", "1", "--sample-steps", "2"], "p3_ddim.py": ["--num", "6", "--sample-steps", "2", "--eta", "0.5"]}
 
 
 def run(processes, script, folder, *arguments):
