@@ -206,21 +206,23 @@ def ddim_times(steps):
     return [0, *range(1, T, T // steps)]
 
 
-def predict_x0(x, eps, a):
+def predict_x0(x, eps, a, clamp=True):
     """The image behind x of alpha_bar a, clamped to [-1, 1]."""
-    return ((x - math.sqrt(1 - a) * eps) / math.sqrt(a)).clamp(-1, 1)
+    x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    return x0.clamp(-1, 1) if clamp else x0
 
 
-def ddim(eps_model, x, alpha_bar, steps=50, eta=0.0, noise=None):
+def ddim(eps_model, x, alpha_bar, steps=50, eta=0.0, noise=None, clamp=True):
     """The course's DDIM (2010.02502, equation 12): the last alpha_bar is alpha_bar[0], not 1.
 
     eps_model(x, t) -> eps; x0 is clamped and eps is not computed again after that; noise() -> like x is needed for eta > 0.
+    clamp False: the plain formula, which ddim_inverse undoes.
     """
     times = ddim_times(steps)[::-1]
     for t, s in zip(times, times[1:]):
         a, b = alpha_bar[t].item(), alpha_bar[s].item()
         eps = eps_model(x, t)
-        x0 = predict_x0(x, eps, a)
+        x0 = predict_x0(x, eps, a, clamp)
         sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
         x = math.sqrt(b) * x0 + math.sqrt(1 - b - sigma**2) * eps
         if sigma > 0:
@@ -229,7 +231,7 @@ def ddim(eps_model, x, alpha_bar, steps=50, eta=0.0, noise=None):
 
 
 def ddim_inverse(eps_model, x, alpha_bar, steps=50, iterations=3):
-    """The noise from which ddim with eta 0 makes the image x: each of its steps solved for its starting point by fixed-point iteration.
+    """The noise from which ddim with eta 0 and without clamping makes the image x: each of its steps solved for its starting point by fixed-point iteration.
 
     iterations: calls of eps_model per step (2312.12540); with 1 it is the usual inversion, which takes eps at the end of the step.
     """
@@ -593,7 +595,7 @@ def invert(args):
     for i in range(0, len(files), size):
         batch = images[i:i + size]
         noises = ddim_inverse(eps_model, batch / 127.5 - 1, alpha_bar, args.sample_steps, args.iterations)
-        back = to_uint8(ddim(eps_model, noises, alpha_bar, args.sample_steps), min_max=False)
+        back = to_uint8(ddim(eps_model, noises, alpha_bar, args.sample_steps, clamp=False), min_max=False)
         errors += (back.double() - batch.cpu()).square().mean((1, 2, 3)).tolist()
         for file, noise, image in zip(files[i:i + size], noises, back):
             save_noise(noise[None], out / f"{file.stem}.pt")

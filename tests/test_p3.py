@@ -258,7 +258,7 @@ def test_inversion_undoes_sampling_on_a_linear_score():
     alpha_bar = p3.make_alpha_bar()
     eps_model, _ = gaussian(alpha_bar)
     x = torch.linspace(-0.4, 0.9, 14, dtype=torch.float64)
-    errors = [(p3.ddim(eps_model, p3.ddim_inverse(eps_model, x, alpha_bar, 50, n), alpha_bar, 50) - x).abs().max().item() for n in (1, 3, 60)]
+    errors = [(p3.ddim(eps_model, p3.ddim_inverse(eps_model, x, alpha_bar, 50, n), alpha_bar, 50, clamp=False) - x).abs().max().item() for n in (1, 3, 60)]
     assert errors[2] < 1e-6 and errors[2] < 0.1 * errors[1] < 0.01 * errors[0], errors
 
 
@@ -343,7 +343,7 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(own, tmp_path, capsys):
 
 # ------------------------------------------------------------------ sampling and inversion with one's own network
 
-@pytest.mark.parametrize("sampler", [["--sampler", "dpm++", "--sample-steps", "4"], ["--sampler", "ddim", "--sample-steps", "4", "--eta", "0.5"], ["--sampler", "ddpm"]])
+@pytest.mark.parametrize("sampler", [["--sampler", "dpm++", "--sample-steps", "4"], ["--sampler", "ddim", "--sample-steps", "4", "--eta", "0.5"]])
 def test_images_do_not_depend_on_batch_size_or_number(own, tmp_path, sampler):
     def sample(out, *options):
         p3.main(["--mode", "sample", "--ckpt", str(own), "--out", str(tmp_path / out), "--device", "cpu", "--precision", "float32", *sampler, *options])
@@ -357,9 +357,9 @@ def test_images_do_not_depend_on_batch_size_or_number(own, tmp_path, sampler):
 
 
 def test_inversion_returns_the_image_and_its_noise_interpolates(tmp_path, capsys, error):
-    """With a network of 300 steps: more iterations reconstruct better, and the noises' interpolation starts and ends at the images."""
+    """With a network of 100 steps: more iterations reconstruct better, and the noises' interpolation starts and ends at the images."""
     own = tmp_path / "own.pt"
-    train(own, 300)
+    train(own, 100)
     (tmp_path / "photos").mkdir()
     images = {}
     for name, i in (("a", 0), ("b", 1)):
@@ -371,11 +371,11 @@ def test_inversion_returns_the_image_and_its_noise_interpolates(tmp_path, capsys
         return float(re.search(r"PSNR of the reconstruction ([\d.]+)", capsys.readouterr().out)[1])
 
     usual, solved = invert("--iterations", "1"), invert("--iterations", "5")
-    assert solved > usual + 3 and solved > 35, (usual, solved)
+    assert solved > usual + 3 and solved > 45, (usual, solved)
     assert sorted(os.listdir(tmp_path / "inverted")) == ["a.png", "a.pt", "b.png", "b.pt"]
     assert os.path.getsize(tmp_path / "inverted" / "a.pt") < 10_000  # one noise, not the batch's
     for name, image in images.items():
-        assert np.abs(np.array(Image.open(tmp_path / "inverted" / f"{name}.png")).astype(int) - image).mean() < 5
+        assert np.abs(np.array(Image.open(tmp_path / "inverted" / f"{name}.png")).astype(int) - image).max() <= 2
     assert "another folder" in error(p3.main, ["--mode", "invert", "--ckpt", str(own), "--input", str(tmp_path / "photos"), "--out", str(tmp_path / "photos")])
     p3.main(["--mode", "interpolate", "--ckpt", str(own), "--noise", str(tmp_path / "inverted"), "--out", str(tmp_path / "figures"), "--sample-steps", "4", "--device", "cpu"])
     p3.main(["--mode", "grid", "--ckpt", str(own), "--out", str(tmp_path / "figures"), "--sampler", "dpm++", "--sample-steps", "2", "--device", "cpu"])
