@@ -37,9 +37,9 @@ esac
 for problem in "${problems[@]}"; do
   case $problem in p1|p2|p3|p4) ;; *) usage ;; esac
 done
-data=(); fast=(--fast); built_in=(--built-in); faces=yes
+data=(); built_in=(--built-in); faces=yes
 if [ -n "$in" ]; then
-  data=(--data "$in"); fast=(); built_in=()
+  data=(--data "$in"); built_in=()
   if ! [ -d "$in/face/train" ]; then
     faces=
     echo "$in/face/train: no such folder; the parts that learn from faces are left out"
@@ -54,6 +54,7 @@ run() {  # a command, and its time for the report
   printf '%s\t%s\n' "$((SECONDS - start))" "$*" >> "$out/commands.tsv"
   if [ $code -ne 0 ]; then exit $code; fi
 }
+quick() { if [ -z "$in" ]; then echo "$*"; fi; }  # options of the built-in run
 train() {  # checkpoint, script, options: goes on where an earlier call stopped
   local ckpt=$1 resume=()
   if [ -e "$ckpt" ]; then resume=(--resume); fi
@@ -64,7 +65,7 @@ for problem in "${problems[@]}"; do
   case $problem in
     p1)
       for method in ${faces:+dcgan sngan} acgan; do
-        train "$out/p1_$method.pt" p1_gan.py --method "$method" ${fast[@]+"${fast[@]}"}
+        train "$out/p1_$method.pt" p1_gan.py --method "$method" $(quick --steps 100)
         run python3 "$here/p1_gan.py" --mode sample --ckpt "$out/p1_$method.pt" --method "$method" --out "$out/p1_$method"
         if [ -n "$in" ]; then
           run python3 "$here/p1_gan.py" --mode eval --method "$method" --ckpt "$out/p1_$method.pt" --input "$out/p1_$method" --data "$in" --out "$out/p1_$method.json"
@@ -73,7 +74,7 @@ for problem in "${problems[@]}"; do
       if [ $faces ]; then run python3 "$here/p1_gan.py" --mode grid --ckpt "$out/p1_dcgan.pt" "$out/p1_sngan.pt" --out "$out/p1_figures"; fi
       run python3 "$here/p1_gan.py" --mode grid --ckpt "$out/p1_acgan.pt" --out "$out/p1_figures" ;;
     p2)
-      train "$out/p2_diffusion_unet.pt" p2_diffusion.py ${fast[@]+"${fast[@]}"}
+      train "$out/p2_diffusion_unet.pt" p2_diffusion.py $(quick --fast --steps 1000)
       run python3 "$here/p2_diffusion.py" --mode sample --ckpt "$out/p2_diffusion_unet.pt" --out "$out/p2_digits"
       run python3 "$here/p2_diffusion.py" --mode eval --ckpt "$out/p2_diffusion_unet.pt" --input "$out/p2_digits" ${data[@]+"${data[@]}"} --out "$out/p2_digits.json"
       run python3 "$here/p2_diffusion.py" --mode grid --ckpt "$out/p2_diffusion_unet.pt" --out "$out/p2_figures" ;;
@@ -86,7 +87,7 @@ for problem in "${problems[@]}"; do
         run python3 "$here/p3_ddim.py" --mode interpolate "${given[@]}" --out "$out/p3_figures"
       fi
       if [ $faces ]; then
-        train "$out/p3_ddim.pt" p3_ddim.py ${fast[@]+"${fast[@]}"}
+        train "$out/p3_ddim.pt" p3_ddim.py $(quick --fast --steps 400)
         num=64; if [ -n "$in" ]; then num=1000; fi
         run python3 "$here/p3_ddim.py" --mode sample --sampler dpm++ --ckpt "$out/p3_ddim.pt" --num "$num" --out "$out/p3_faces"
         if [ -n "$in" ]; then
@@ -100,7 +101,7 @@ for problem in "${problems[@]}"; do
       fi ;;
     p4)
       targets=(svhn); if [ -n "$in" ]; then targets=(svhn usps); fi
-      run python3 "$here/p4_dann.py" --mode table --scenarios "${targets[@]/#/mnistm-}" --seeds 0 --ckpt "$out" --out "$out/p4_table" ${data[@]+"${data[@]}"} ${fast[@]+"${fast[@]}"}
+      run python3 "$here/p4_dann.py" --mode table --scenarios "${targets[@]/#/mnistm-}" --seeds 0 --ckpt "$out" --out "$out/p4_table" ${data[@]+"${data[@]}"} $(quick --fast)
       for target in "${targets[@]}"; do
         run python3 "$here/p4_dann.py" --mode tsne --target "$target" --ckpt "$out/p4_dann-mt_mnistm_${target}_deep_0.pt" --out "$out/p4_figures" ${data[@]+"${data[@]}"}
       done ;;
