@@ -39,7 +39,7 @@ PRESETS = {
     "dcgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, ema=0.0, diffaugment="", decay="none"),
     "wgangp": dict(lr=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9, n_critic=5, ema=0.0, diffaugment="", decay="none"),
     "sngan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, ema=0.999, diffaugment="translation", decay="linear"),
-    "acgan": dict(lr=2e-4, lr_d=4e-4, beta1=0.0, beta2=0.9, n_critic=1, ema=0.999, diffaugment="", decay="linear"),
+    "acgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, ema=0.999, diffaugment="", decay="linear"),
 }
 
 
@@ -79,11 +79,11 @@ class DigitGenerator(nn.Module):
         def up(c_in, c_out):
             return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
 
-        self.start = nn.Sequential(nn.Linear(2 * Z, 256 * 49, bias=False), nn.Unflatten(1, (256, 7, 7)), nn.BatchNorm2d(256), nn.ReLU())
+        self.start = nn.Sequential(nn.Linear(Z, 256 * 49, bias=False), nn.Unflatten(1, (256, 7, 7)), nn.BatchNorm2d(256), nn.ReLU())
         self.main = nn.Sequential(up(256, 128), up(128, 64), nn.Conv2d(64, 3, 3, padding=1), nn.Tanh())
 
     def forward(self, z, y):
-        return self.main(self.start(torch.cat([z, self.label(y)], 1)))
+        return self.main(self.start(z * self.label(y)))  # a product: beside z, the label alone can make an image, and every digit becomes one
 
 
 class Discriminator(nn.Module):
