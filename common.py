@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import scipy.special
@@ -68,6 +69,25 @@ def claim_checkpoint(ckpt, resume):
     Path(ckpt).parent.mkdir(parents=True, exist_ok=True)
     Path(f"{ckpt}.tmp").touch()  # an unwritable folder shows now, not after hours
     Path(f"{ckpt}.tmp").unlink()
+
+
+def join_processes(args):
+    """Under torchrun: joins the other processes (gloo, on GPUs nccl); each takes its share of --batch-size."""
+    if args.batch_size % args.world:
+        fail(f"--batch-size {args.batch_size}: expected a multiple of the {args.world} processes")
+    if args.world > 1:
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    if args.rank:  # one of them talks and writes
+        sys.stdout = open(os.devnull, "w")
+
+
+def any_process(stop, args):
+    """True in all processes where one of them was told to stop."""
+    if args.world == 1:
+        return bool(stop)
+    flag = torch.tensor(float(bool(stop)), device=args.device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
 
 
 # ------------------------------------------------------------------ images on disk

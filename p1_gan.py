@@ -338,25 +338,6 @@ def rate(decay, p):
     return {"none": 1.0, "linear": 1 - p, "step": 0.5 ** ((p >= 0.5) + (p >= 0.75))}[decay]
 
 
-def join(args):
-    """Under torchrun: joins the other processes (gloo, on GPUs nccl); each takes its share of --batch-size."""
-    if args.batch_size % args.world:
-        fail(f"--batch-size {args.batch_size}: expected a multiple of the {args.world} processes")
-    if args.world > 1:
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-    if args.rank:  # one of them talks and writes
-        sys.stdout = open(os.devnull, "w")
-
-
-def any_process(stop, args):
-    """True in all processes where one of them was told to stop."""
-    if args.world == 1:
-        return bool(stop)
-    flag = torch.tensor(float(bool(stop)), device=args.device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
-
-
 def average_gradients(net, args):
     """Under torchrun: the mean of the processes' gradients. DistributedDataParallel does not go with the penalties' second derivatives."""
     if args.world > 1:
@@ -369,9 +350,9 @@ def average_gradients(net, args):
 
 def train(args):
     """Trains for --steps updates of D; Ctrl-C saves and exits with 130. Every 500 steps a grid of fixed noises goes beside --ckpt."""
-    from common import claim_checkpoint, load_digits, load_faces
+    from common import any_process, claim_checkpoint, join_processes, load_digits, load_faces
     path = Path(args.ckpt[0])
-    join(args)
+    join_processes(args)
     if args.rank == 0:
         claim_checkpoint(path, args.resume)
     images, labels = (v.to(args.device) for v in load_digits(args.data, "mnistm", "train")) if args.method == "acgan" else (load_faces(args.data, "train").to(args.device), None)

@@ -369,29 +369,10 @@ def update_ema(ema, model, step):
         target.copy_(source)
 
 
-def join(args):
-    """Under torchrun: joins the other processes (gloo, on GPUs nccl); each takes its share of --batch-size."""
-    if args.batch_size % args.world:
-        fail(f"--batch-size {args.batch_size}: expected a multiple of the {args.world} processes")
-    if args.world > 1:
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-    if args.rank:  # one of them talks and writes
-        sys.stdout = open(os.devnull, "w")
-
-
-def any_process(stop, args):
-    """True in all processes where one of them was told to stop."""
-    if args.world == 1:
-        return bool(stop)
-    flag = torch.tensor(float(bool(stop)), device=args.device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
-
-
 def train(args):
     """Trains on MNIST-M for --steps steps; Ctrl-C saves and exits with 130."""
-    from common import claim_checkpoint, load_digits
-    join(args)
+    from common import any_process, claim_checkpoint, join_processes, load_digits
+    join_processes(args)
     if args.rank == 0:
         claim_checkpoint(args.ckpt, args.resume)
     images, labels = (v.to(args.device) for v in load_digits(args.data, "mnistm", "train"))

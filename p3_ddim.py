@@ -365,29 +365,10 @@ def update_ema(ema, model, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - (1 - 1 / step) ** 17)
 
 
-def join(args):
-    """Under torchrun: joins the other processes (gloo, on GPUs nccl); each takes its share of --batch-size."""
-    if args.batch_size % args.world:
-        fail(f"--batch-size {args.batch_size}: expected a multiple of the {args.world} processes")
-    if args.world > 1:
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-    if args.rank:  # one of them talks and writes
-        sys.stdout = open(os.devnull, "w")
-
-
-def any_process(stop, args):
-    """True in all processes where one of them was told to stop."""
-    if args.world == 1:
-        return bool(stop)
-    flag = torch.tensor(float(bool(stop)), device=args.device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
-
-
 def train(args):
     """Trains on face/train for --steps steps; Ctrl-C saves and exits with 130."""
-    from common import claim_checkpoint, load_faces
-    join(args)
+    from common import any_process, claim_checkpoint, join_processes, load_faces
+    join_processes(args)
     if args.rank == 0:
         claim_checkpoint(args.ckpt, args.resume)
     images = load_faces(args.data, "train", args.size).to(args.device)
@@ -518,7 +499,7 @@ def predictor(model, args, alpha_bar, calls):
         done += 1
         bar.update()
         if done == 2:  # the first call is slower
-            eps = out.sum().item()  # waits for a GPU
+            out.sum().item()  # waits for a GPU
             print(f"about {(time.perf_counter() - start) / 2 * calls:.0f} s for {calls} network calls on {x.device}", flush=True)
         if done == calls:
             bar.close()
@@ -580,18 +561,18 @@ def how(args):
 @torch.inference_mode()
 def invert(args):
     """For each image of --input, writes the noise NN.pt that DDIM turns into it and what comes back as NN.png into --out; prints the PSNR of that."""
-    from common import read_image
+    from common import is_image, read_image
     out = Path(args.out)
     if not Path(args.input).is_dir():
         fail(f"--input {args.input}: no such folder of images")
-    files = sorted(p for p in Path(args.input).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))[:args.num]
+    files = sorted(filter(is_image, Path(args.input).iterdir()))[:args.num]
     if not files or len({p.stem for p in files}) < len(files) or out.resolve() == Path(args.input).resolve():
         fail(f"--input {args.input}, --out {out}: expected PNG or JPEG images of different names before the dot, and another folder for what comes back")
     model, alpha_bar = load_model(args), make_alpha_bar()
     images = torch.from_numpy(np.stack([read_image(f, (args.size, args.size)) for f in files])).permute(0, 3, 1, 2).to(args.device)
     out.mkdir(parents=True, exist_ok=True)
-    size, calls, errors = batch_size(args, images), len(ddim_times(args.sample_steps)) - 1, []
-    eps_model = predictor(model, args, alpha_bar, math.ceil(len(files) / size) * calls * (args.iterations + 1))
+    size, errors = batch_size(args, images), []
+    eps_model = predictor(model, args, alpha_bar, math.ceil(len(files) / size) * network_calls(args) * (args.iterations + 1))
     for i in range(0, len(files), size):
         batch = images[i:i + size]
         noises = ddim_inverse(eps_model, batch / 127.5 - 1, alpha_bar, args.sample_steps, args.iterations)

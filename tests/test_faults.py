@@ -17,7 +17,7 @@ import p1_gan as p1
 import p2_diffusion as p2
 import p3_ddim as p3
 import p4_dann as p4
-from conftest import ROOT
+from conftest import ROOT, Hostile
 
 TRAIN = {
     p1: ["--method", "dcgan", "--batch-size", "4"],
@@ -65,14 +65,6 @@ def test_two_processes_do_not_train_into_one_checkpoint(tmp_path, error):
     other.communicate("\n")
     common.claim_checkpoint(ckpt, False)
     common.claim_checkpoint(ckpt, False)  # the same process again: --resume after a first training
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def test_hostile_files_are_not_executed(tmp_path, error):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import p2_diffusion as p2
-from conftest import ROOT
+from conftest import ROOT, Hostile
 
 TINY = ["--channels", "32", "32", "--batch-size", "8", "--T", "20", "--device", "cpu"]
 
@@ -355,14 +355,6 @@ def test_wrong_options(arguments, error):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
 def test_no_cuda(error):
     assert "--device cpu" in error(p2.main, ["--device", "cuda"])
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def test_bad_checkpoints(ckpt, tmp_path, error):

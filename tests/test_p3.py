@@ -16,7 +16,7 @@ from PIL import Image
 
 import common
 import p3_ddim as p3
-from conftest import ROOT
+from conftest import ROOT, Hostile
 
 DATA = ROOT.parent / "shared" / "data"
 
@@ -412,14 +412,6 @@ def test_help(capsys):
                                        ["--mode", "sample", "--eta", "0", "1"], ["--eta", "2"], ["--sample-steps", "501"], ["--sample-steps", "30"], ["--mode", "invert", "--sampler", "dpm++"], ["--device", "tpu"]])
 def test_wrong_options(arguments, error):
     error(p3.main, arguments)
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def test_bad_checkpoints(own, tmp_path, error):

@@ -18,7 +18,7 @@ from PIL import Image
 
 import common
 import p4_dann as p4
-from conftest import ROOT
+from conftest import ROOT, Hostile
 
 TINY = ["--arch", "small", "--batch-size", "8", "--device", "cpu"]
 
@@ -457,14 +457,6 @@ def test_help(capsys):
                                        ["--scenarios", "usps-usps"], ["--seeds", "-1"], ["--device", "mps"], ["--num", "1"], ["--batch-size", "1"], ["--ckpt", "a", "b"], ["--archs", "x"]])
 def test_wrong_options(arguments, error):
     assert arguments[0] in error(p4.main, arguments)
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def test_bad_checkpoints(ckpt, folder, tmp_path, error):
