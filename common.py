@@ -247,7 +247,7 @@ def torchvision_digits(root, domain, split, photographs=None):
     if domain == "svhn":
         path = root / f"{'train' if train else 'test'}_32x32.mat"
         if not path.is_file():
-            raise RuntimeError("no SVHN")
+            raise FileNotFoundError(f"no {path}")
         data = scipy.io.loadmat(path)
         images = torch.from_numpy(data["X"]).permute(3, 2, 0, 1).float()  # (N, 3, 32, 32)
         images = F.interpolate(images, (28, 28), mode="bilinear", antialias=True).round().byte()
@@ -314,7 +314,7 @@ def make_data(out, source=None):
             print(f"{folder}: {counts[0]:,} train, {counts[1]:,} val, {counts[2]:,} test images")
         except (Exception, SystemExit) as e:  # no network, a quota, a file that is not there or damaged: the other parts do not need it
             missing.append(part)
-            print(f"{folder}: cannot be made ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); put the files into a folder and pass --from", file=sys.stderr)
+            print(f"{folder}: cannot be made ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); get the files by hand and call again with their folder as --from", file=sys.stderr)
     return missing
 
 

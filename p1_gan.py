@@ -36,10 +36,10 @@ except ImportError:  # the file copied alone runs without progress bars
 Z, DIGITS = 100, 10
 # what each method trains with unless an option says otherwise; lr: generator, lr_d: discriminator, ema: decay of the generator that samples
 PRESETS = {
-    "dcgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, ema=0.0, diffaugment="", decay="none"),
-    "wgangp": dict(lr=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9, n_critic=5, ema=0.0, diffaugment="", decay="none"),
-    "sngan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, ema=0.999, diffaugment="translation", decay="linear"),
-    "acgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, ema=0.999, diffaugment="", decay="linear"),
+    "dcgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, ema=0.0, diffaugment="", decay="none", batch_size=64, steps=7000),
+    "wgangp": dict(lr=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9, n_critic=5, ema=0.0, diffaugment="", decay="none", batch_size=64, steps=7000),
+    "sngan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, ema=0.999, diffaugment="translation", decay="linear", batch_size=32, steps=14000),
+    "acgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, ema=0.999, diffaugment="", decay="linear", batch_size=64, steps=7000),
 }
 
 
@@ -51,19 +51,26 @@ def fail(message, code=2):
 
 # ------------------------------------------------------------------ networks
 
+def up(c_in, c_out, stride=2, padding=1):
+    """Doubles the height and width of a map; stride 1, padding 0: from 1x1 to 4x4."""
+    return nn.Sequential(nn.ConvTranspose2d(c_in, c_out, 4, stride, padding, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+def refine(c):
+    """A 3x3 convolution at the same size."""
+    return nn.Sequential(nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU())
+
+
 class Generator(nn.Module):
-    """DCGAN's generator: z (B, 100) -> (B, 3, 64, 64) in [-1, 1]; 3,576,704 parameters. y is not used."""
+    """DCGAN's generator: z (B, 100) -> (B, 3, 64, 64) in [-1, 1]; 3,576,704 parameters, or refined by a 3x3 convolution
+    at 8x8, 16x16 and 32x32 4,351,744. y is not used."""
 
-    def __init__(self):
+    def __init__(self, refined=False):
         super().__init__()
-
-        def up(c_in, c_out, stride, padding):
-            return nn.Sequential(nn.ConvTranspose2d(c_in, c_out, 4, stride, padding, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
-
-        self.main = nn.Sequential(
-            up(Z, 512, 1, 0),  # (B, 512, 4, 4)
-            up(512, 256, 2, 1), up(256, 128, 2, 1), up(128, 64, 2, 1),  # (B, 64, 32, 32)
-            nn.ConvTranspose2d(64, 3, 4, 2, 1, bias=False), nn.Tanh())  # (B, 3, 64, 64)
+        layers = [up(Z, 512, 1, 0)]  # (B, 512, 4, 4)
+        for c in (256, 128, 64):
+            layers += [up(2 * c, c)] + [refine(c)] * refined
+        self.main = nn.Sequential(*layers, nn.ConvTranspose2d(64, 3, 4, 2, 1, bias=False), nn.Tanh())
 
     def forward(self, z, y=None):
         return self.main(z[:, :, None, None])
@@ -75,12 +82,8 @@ class DigitGenerator(nn.Module):
     def __init__(self):
         super().__init__()
         self.label = nn.Embedding(DIGITS, Z)
-
-        def up(c_in, c_out):
-            return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
-
         self.start = nn.Sequential(nn.Linear(Z, 256 * 49, bias=False), nn.Unflatten(1, (256, 7, 7)), nn.BatchNorm2d(256), nn.ReLU())
-        self.main = nn.Sequential(up(256, 128), up(128, 64), nn.Conv2d(64, 3, 3, padding=1), nn.Tanh())
+        self.main = nn.Sequential(refine(256), up(256, 128), refine(128), up(128, 64), refine(64), nn.Conv2d(64, 3, 3, padding=1), nn.Tanh())
 
     def forward(self, z, y):
         return self.main(self.start(z * self.label(y)))  # a product: beside z, the label alone can make an image, and every digit becomes one
@@ -134,7 +137,7 @@ def build(args):
     if args.method == "acgan":
         nets = DigitGenerator(), DigitDiscriminator()
     else:
-        nets = Generator(), Discriminator({"dcgan": "batch", "wgangp": "none", "sngan": "spectral"}[args.method])
+        nets = Generator(refined=args.method == "sngan"), Discriminator({"dcgan": "batch", "wgangp": "none", "sngan": "spectral"}[args.method])
         nets[0].apply(dcgan_init)
         if args.method != "sngan":
             nets[1].apply(dcgan_init)
@@ -583,11 +586,11 @@ def parse_args(argv=None):
     add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
     add(p, "--precision", "auto", "of training: bf16 autocast or float32; auto: bf16 where the hardware has it", choices=("auto", "bf16", "float32"))
     g = p.add_argument_group("training")
-    add(g, "--steps", None, "updates of D", type=number(int, 1), shown="7000; --fast 300")
+    add(g, "--steps", None, "updates of D", type=number(int, 1), shown=preset("steps") + "; --fast 300")
     g.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes: 300 steps")
     g.add_argument("--resume", action="store_true", help="go on from --ckpt exactly")
     add(g, "--keep", 0, "also keep a checkpoint <ckpt>_<step>.pt every so many steps, for curves of quality over time; 0: none", type=number(int, 0))
-    add(g, "--batch-size", 64, "images per step", type=number(int, 2))
+    add(g, "--batch-size", None, "images per step", type=number(int, 2), shown=preset("batch_size"))
     add(g, "--lr", None, "learning rate of G", type=number(float, 0), shown=preset("lr"))
     add(g, "--lr-d", None, "learning rate of D", type=number(float, 0), shown=preset("lr_d"))
     add(g, "--beta1", None, "Adam's beta1", type=number(float, 0, 1), shown=preset("beta1"))
@@ -603,11 +606,11 @@ def parse_args(argv=None):
     add(g, "--r1", 0.0, "weight of the R1 penalty on D", type=number(float, 0))
     g.add_argument("--no-flip", dest="flip", action="store_false", help="do not mirror faces at random")
     args = p.parse_args(argv)
+    args.steps = args.steps or (300 if args.fast else None)
     for key, value in PRESETS[args.method].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.flip = args.flip and args.method != "acgan"
-    args.steps = args.steps or (300 if args.fast else 7000)
     args.ckpt = args.ckpt or [f"checkpoints/p1_{args.method}.pt"]
     if len(args.ckpt) > 1 and args.mode != "grid":
         fail(f"--ckpt {' '.join(args.ckpt)}: --mode {args.mode} takes one; only grid shows several")

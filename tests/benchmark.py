@@ -49,15 +49,16 @@ def p1(options):
         def steps():
             for step in range(args.n_critic):
                 p1.d_step(args, g, d, optim_d, *((digits, labels) if method == "acgan" else (faces, None)), 0.5)
-            p1.g_step(args, g, d, optim_g)
-        return steps, args.n_critic
+            for _ in range(args.g_updates):
+                p1.g_step(args, g, d, optim_g)
+        return steps, args.n_critic * args.batch_size
 
-    print("\n| training, batches of 64 | float32 images/s | bf16 images/s | gain |\n|---|---|---|---|")
+    print("\n| training | float32 images/s | bf16 images/s | gain |\n|---|---|---|---|")
     for method in p1.PRESETS:
         precisions = ("float32", "bf16") if p1.bf16_available(device) else ("float32",)
         calls = {precision: training(method, precision) for precision in precisions}
         seconds = in_turn({name: call for name, (call, _) in calls.items()}, rounds=5)
-        speed = [64 * calls[name][1] / s for name, s in seconds.items()]
+        speed = [calls[name][1] / s for name, s in seconds.items()]
         print(f"| {method} | {speed[0]:.0f} | " + (f"{speed[1]:.0f} | {speed[1] / speed[0]:.2f}x |" if len(speed) > 1 else "- | - |"), flush=True)
     for method in ("sngan", "acgan"):
         model, _ = p1.build(p1.parse_args(["--method", method, "--device", options.device]))
