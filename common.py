@@ -64,6 +64,8 @@ def claim_checkpoint(ckpt, resume):
         fcntl.flock(LOCKS[name], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         fail(f"--ckpt {ckpt}: another process is training into it; wait for it, or give another --ckpt")
+    if Path(ckpt).is_dir():
+        fail(f"--ckpt {ckpt}: a folder; expected a file in it")
     if Path(ckpt).exists() and not resume:
         fail(f"--ckpt {ckpt}: exists; go on with --resume, or give another --ckpt")
     Path(ckpt).parent.mkdir(parents=True, exist_ok=True)
@@ -342,12 +344,13 @@ def original(root, out, part):
     """Digits: (uint8 (N, 3, 28, 28), int64 (N,)), torchvision's training and test part together; faces: (paths,)."""
     if part == "face":
         folder, archive = next((root / d / "img_align_celeba" for d in ("celeba", "") if (root / d / "img_align_celeba").is_dir()), None), next(root.rglob("img_align_celeba.zip"), None)
-        if folder is None:
-            if archive is None:
-                raise FileNotFoundError(f"no img_align_celeba or img_align_celeba.zip in {root}")
+        if folder is None and archive is None:
+            raise FileNotFoundError(f"no img_align_celeba or img_align_celeba.zip in {root}")
+        if archive:
             with zipfile.ZipFile(archive) as f:  # leaves out .. and absolute paths by itself
-                f.extractall(out / "downloads" / "celeba")
-            folder = out / "downloads" / "celeba" / "img_align_celeba"
+                if folder is None or len(list(folder.glob("*.jpg"))) < sum(name.endswith(".jpg") for name in f.namelist()):  # an extraction was interrupted
+                    f.extractall(out / "downloads" / "celeba")
+                    folder = out / "downloads" / "celeba" / "img_align_celeba"
         return (sorted(p for p in folder.iterdir() if p.suffix == ".jpg"),)
     photographs = None
     if part == "mnistm":
@@ -588,7 +591,7 @@ def score_digits(folder, data, classifier, beside, device):
     if not path.is_file():
         train_classifier(data, path, device)
     net, state = load_classifier(path, device)
-    own = f"{100 * state['accuracy']:.2f} % on the val part of {state['data']}" if "accuracy" in state else "own accuracy unknown"
+    own = f"{100 * state['accuracy']:.2f} % on the val part of {state['data']}" if {"accuracy", "data"} <= state.keys() else "own accuracy unknown"
     right = classify(net, images) == labels
     ratio = diversity(images, labels) / diversity(*(v.to(device) for v in load_digits(data, "mnistm", "train")))
     per_digit = [right[labels == d].float().mean().item() for d in range(10)]
@@ -626,7 +629,7 @@ def load_inception(path, device):
     """(network, its name): pytorch-fid's Inception-v3, uint8 images -> 2048 features by `inception_features`.
 
     path: a state dict of that network, or None for the published one, downloaded once. Without either, random weights of seed 0 under the
-    name "random": their Frechet distance is no FID. A file named <name>-<start of its SHA-256>.pth must have that hash.
+    name "fd_random": their Frechet distance is no FID. A file named <name>-<start of its SHA-256>.pth must have that hash.
     """
     net = inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     net.Mixed_7c = MaxPoolE(2048)
@@ -699,21 +702,23 @@ def frechet_distance(features, mean, covariance):
     return float(((features.mean(0) - mean) ** 2).sum() + (centred**2).sum() + np.trace(covariance) - 2 * np.sqrt(eigenvalues).sum())
 
 
-def kernel_distance(x, y, subsets=100, size=1000, seed=0):
-    """KID (1801.01401): unbiased MMD^2 with the kernel (x.y / D + 1)^3 of features (N, D) and (M, D): (mean over random subsets, its standard error)."""
-    rng, size = np.random.default_rng(seed), min(size, len(x), len(y))
-    values = []
-    for _ in range(subsets):
-        a, b = x[rng.choice(len(x), size, replace=False)], y[rng.choice(len(y), size, replace=False)]
-        aa, bb, ab = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
-        values.append(((aa.sum() - np.trace(aa)) + (bb.sum() - np.trace(bb))) / (size * (size - 1)) - 2 * ab.mean())
-    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(subsets))
+def kernel_distance(x, y, most=5000, seed=0):
+    """KID (1801.01401): unbiased MMD^2 with the kernel (x.y / D + 1)^3 of features (N, D) and (M, D), of random `most` where there are more: (value, standard error).
+
+    The error is that of the U-statistic's linear part: each image's mean kernel with its own set less that with the other (as in 1611.04488, there for sets of one size).
+    """
+    rng = np.random.default_rng(seed)
+    x, y = (v[rng.permutation(len(v))[:most]] for v in (x, y))
+    xx, yy, xy = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+    own_x, own_y = ((k.sum(1) - k.diagonal()) / (len(k) - 1) for k in (xx, yy))
+    error = 2 * np.sqrt(np.var(own_x - xy.mean(1), ddof=1) / len(x) + np.var(own_y - xy.mean(0), ddof=1) / len(y))
+    return float(own_x.mean() + own_y.mean() - 2 * xy.mean()), float(error)
 
 
 def inception_score(probabilities, splits=10):
-    """exp of the mean KL(p(y|x) || p(y)) over consecutive tenths, (mean, standard deviation) (1606.03498); 1 to the number of classes."""
+    """exp of the mean KL(p(y|x) || p(y)) over consecutive tenths, (mean, standard deviation) (1606.03498); 1 to the number of classes; fewer than 10 images: one each."""
     scores = []
-    for part in np.array_split(probabilities, splits):
+    for part in np.array_split(probabilities, min(splits, len(probabilities))):
         scores.append(np.exp(scipy.special.rel_entr(part, part.mean(0)).sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
@@ -734,11 +739,11 @@ def reference_statistics(path, net, name):
         try:
             with np.load(path, allow_pickle=False) as f:
                 stats = {key: f[key] for key in f.files}
-        except (OSError, ValueError) as e:
-            fail(f"reference {path}: not a readable .npz ({e})")
-        if {"mu", "sigma"} - stats.keys() or stats["mu"].shape != (2048,) or stats["sigma"].shape != (2048, 2048):
-            fail(f"reference {path}: found {', '.join(f'{k} {v.shape}' for k, v in stats.items())}, expected mu (2048,) and sigma (2048, 2048)")
-        return {"features": None, "n": "unknown", **stats}
+        except Exception as e:  # what np.load raises for damaged files has no common type
+            fail(f"reference {path}: not a readable .npz ({type(e).__name__}: {e})")
+        if {"mu", "sigma"} - stats.keys() or stats["mu"].shape != (2048,) or stats["sigma"].shape != (2048, 2048) or not all(np.isfinite(stats[k]).all() for k in ("mu", "sigma")):
+            fail(f"reference {path}: found {', '.join(f'{k} {v.shape}' for k, v in stats.items())}, expected finite mu (2048,) and sigma (2048, 2048)")
+        return {"mu": stats["mu"], "sigma": stats["sigma"], "features": None, "n": "unknown"}
     files = image_files(path, "reference")
     key = hashlib.sha256(name.encode())
     for file in files:
@@ -758,14 +763,15 @@ def reference_statistics(path, net, name):
 def score_images(generated, reference, weights=None, device="cpu", out=None):
     """FID, KID, IS, face rate and the reference's floor for a folder of images against a folder or .npz of statistics; prints them, returns a dict for JSON.
 
-    The floor is the same distance between random halves of the reference, each at most as large as the generated set. out: .npz that receives the reference's mu and sigma.
+    The floor is the same distance of random images of the reference, half of them or as many as are generated, to its others. out: .npz that receives the reference's mu and sigma.
     """
     files = image_files(generated, "generated")
     images = [read_image(file) for file in files]
     net, name = load_inception(weights, device)
     stats = reference_statistics(reference, net, name)
     real = stats["features"]
-    if real is not None and (sizes := {image.shape[:2] for image in images} | {read_image(image_files(reference, "reference")[0]).shape[:2]}) and len(sizes) > 1:
+    sizes = {image.shape[:2] for image in images} | ({read_image(image_files(reference, "reference")[0]).shape[:2]} if real is not None else set())
+    if len(sizes) > 1:
         print(f"note: images of {len(sizes)} sizes; each is enlarged to 299x299 by itself", file=sys.stderr)
     features, probabilities = inception_features(net, images)
     result = {"n": len(files), "n_reference": stats["n"], "name": name, "distance": frechet_distance(features, stats["mu"], stats["sigma"]), "is": inception_score(probabilities)}
@@ -775,7 +781,7 @@ def score_images(generated, reference, weights=None, device="cpu", out=None):
         half = min(len(real) // 2, len(files))
         result |= {"kid": kernel_distance(features, real), "n_floor": half,
                    "floor": frechet_distance(real[order[:half]], real[order[half:]].mean(0), np.cov(real[order[half:]], rowvar=False)) if half > 1 else None}
-        print(f"KID {result['kid'][0]:.5f} +- {result['kid'][1]:.5f} (standard error over subsets)")
+        print(f"KID {result['kid'][0]:.5f} +- {result['kid'][1]:.5f} (standard error)")
         print(f"floor {result['floor']:.3f}: {half} against {len(real) - half} other images of the reference" if half > 1 else "floor: too few reference images")
     classes = "1008 classes of this network"
     if name == "FID" and (net := course_inception(device)):

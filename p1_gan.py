@@ -36,10 +36,10 @@ except ImportError:  # the file copied alone runs without progress bars
 Z, DIGITS = 100, 10
 # what each method trains with unless an option says otherwise; lr: generator, lr_d: discriminator, ema: decay of the generator that samples
 PRESETS = {
-    "dcgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, ema=0.0, diffaugment="", decay="none", batch_size=64, steps=7000),
-    "wgangp": dict(lr=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9, n_critic=5, ema=0.0, diffaugment="", decay="none", batch_size=64, steps=7000),
-    "sngan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, ema=0.999, diffaugment="translation", decay="linear", batch_size=32, steps=14000),
-    "acgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, ema=0.999, diffaugment="", decay="linear", batch_size=64, steps=7000),
+    "dcgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=1, ema=0.0, diffaugment="", decay="none", batch_size=64, steps=7000),
+    "wgangp": dict(lr=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9, n_critic=5, g_updates=1, ema=0.0, diffaugment="", decay="none", batch_size=64, steps=7000),
+    "sngan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=1, ema=0.999, diffaugment="translation", decay="linear", batch_size=64, steps=7000),
+    "acgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=2, ema=0.999, diffaugment="", decay="linear", batch_size=32, steps=6000),
 }
 
 
@@ -62,15 +62,14 @@ def refine(c):
 
 
 class Generator(nn.Module):
-    """DCGAN's generator: z (B, 100) -> (B, 3, 64, 64) in [-1, 1]; 3,576,704 parameters, or refined by a 3x3 convolution
-    at 8x8, 16x16 and 32x32 4,351,744. y is not used."""
+    """DCGAN's generator: z (B, 100) -> (B, 3, 64, 64) in [-1, 1]; 3,576,704 parameters. y is not used."""
 
-    def __init__(self, refined=False):
+    def __init__(self):
         super().__init__()
-        layers = [up(Z, 512, 1, 0)]  # (B, 512, 4, 4)
-        for c in (256, 128, 64):
-            layers += [up(2 * c, c)] + [refine(c)] * refined
-        self.main = nn.Sequential(*layers, nn.ConvTranspose2d(64, 3, 4, 2, 1, bias=False), nn.Tanh())
+        self.main = nn.Sequential(
+            up(Z, 512, 1, 0),  # (B, 512, 4, 4)
+            up(512, 256), up(256, 128), up(128, 64),  # (B, 64, 32, 32)
+            nn.ConvTranspose2d(64, 3, 4, 2, 1, bias=False), nn.Tanh())  # (B, 3, 64, 64)
 
     def forward(self, z, y=None):
         return self.main(z[:, :, None, None])
@@ -86,7 +85,7 @@ class DigitGenerator(nn.Module):
         self.main = nn.Sequential(refine(256), up(256, 128), refine(128), up(128, 64), refine(64), nn.Conv2d(64, 3, 3, padding=1), nn.Tanh())
 
     def forward(self, z, y):
-        return self.main(self.start(z * self.label(y)))  # a product: beside z, the label alone can make an image, and every digit becomes one
+        return self.main(self.start(z * self.label(y)))  # side by side, the label alone can make the image, and all images of a digit become the same
 
 
 class Discriminator(nn.Module):
@@ -108,15 +107,15 @@ class Discriminator(nn.Module):
 
 
 class DigitDiscriminator(nn.Module):
-    """Spectrally normalised discriminator with an auxiliary classifier: (B, 3, 28, 28) -> logits (B,), digit logits (B, 10)."""
+    """Discriminator with an auxiliary classifier, spectral norm beside BatchNorm: (B, 3, 28, 28) -> logits (B,), digit logits (B, 10)."""
 
     def __init__(self):
         super().__init__()
 
-        def conv(c_in, c_out, k, stride):
-            return nn.Sequential(spectral_norm(nn.Conv2d(c_in, c_out, k, stride, 1)), nn.LeakyReLU(0.2))
+        def conv(c_in, c_out, k, stride, batch=True):
+            return nn.Sequential(spectral_norm(nn.Conv2d(c_in, c_out, k, stride, 1, bias=not batch)), nn.BatchNorm2d(c_out) if batch else nn.Identity(), nn.LeakyReLU(0.2))
 
-        self.main = nn.Sequential(conv(3, 64, 3, 1), conv(64, 128, 4, 2), conv(128, 128, 3, 1), conv(128, 256, 4, 2), conv(256, 256, 3, 1), nn.Flatten())  # (B, 256 * 49)
+        self.main = nn.Sequential(conv(3, 64, 3, 1, batch=False), conv(64, 128, 4, 2), conv(128, 128, 3, 1), conv(128, 256, 4, 2), conv(256, 256, 3, 1), nn.Flatten())  # (B, 256 * 49)
         self.real, self.digit = spectral_norm(nn.Linear(256 * 49, 1)), spectral_norm(nn.Linear(256 * 49, DIGITS))
 
     def forward(self, x):
@@ -137,7 +136,7 @@ def build(args):
     if args.method == "acgan":
         nets = DigitGenerator(), DigitDiscriminator()
     else:
-        nets = Generator(refined=args.method == "sngan"), Discriminator({"dcgan": "batch", "wgangp": "none", "sngan": "spectral"}[args.method])
+        nets = Generator(), Discriminator({"dcgan": "batch", "wgangp": "none", "sngan": "spectral"}[args.method])
         nets[0].apply(dcgan_init)
         if args.method != "sngan":
             nets[1].apply(dcgan_init)
@@ -195,8 +194,8 @@ def diffaugment(x, policy):
             x = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)[torch.arange(b, device=x.device)[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
         else:
             cy, cx = (torch.randint(0, size + 1, (b, 1, 1), device=x.device) for size in (h, w))
-            hit = ((torch.arange(h, device=x.device)[:, None] - cy).abs() < h // 4) & ((torch.arange(w, device=x.device) - cx).abs() < w // 4)
-            x = x * ~hit[:, None]
+            dy, dx = torch.arange(h, device=x.device)[:, None] - cy, torch.arange(w, device=x.device) - cx
+            x = x * ~((-h // 4 <= dy) & (dy < h // 4) & (-w // 4 <= dx) & (dx < w // 4))[:, None]
     return x
 
 
@@ -211,7 +210,7 @@ def bf16_available(device):
 
 SETTINGS = ("method", "steps", "batch_size", "lr", "lr_d", "beta1", "beta2", "weight_decay", "n_critic", "g_updates", "ema", "diffaugment", "decay",
             "label_smoothing", "instance_noise", "r1", "flip", "seed", "images")
-KEYS = {"script", "args", "step", "seconds", "model", "ema", "discriminator", "optim", "rng", "log"}
+KEYS = {"script", "args", "ema"}  # of a checkpoint that samples; --resume needs the rest as well
 LOG = ("step", "d_loss", "g_loss", "d_real", "d_fake", "images_per_s", "seconds")
 
 
@@ -238,29 +237,39 @@ def save_checkpoint(args, path, nets, optims, step, seconds, log):
 def load_checkpoint(path, args):
     """A checkpoint of this script, read without running code from it."""
     if not Path(path).is_file():
-        fail(f"--ckpt {path}: no such file; make one with: python p1_gan.py --mode train --method {args.method} --ckpt {path}")
+        fail(f"--ckpt {path}: no such file; make one with: python p1_gan.py --mode train --method {args.method} --data DIR --ckpt {path}")
     try:
-        ckpt = torch.load(path, map_location=args.device, weights_only=True)
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises many types for damaged or hostile files
         fail(f"--ckpt {path}: not a readable checkpoint ({type(e).__name__}); truncated, or not written by p1_gan.py --mode train")
-    if not isinstance(ckpt, dict) or ckpt.get("script") != "p1_gan" or KEYS - ckpt.keys() or set(SETTINGS) - set(ckpt["args"]):
+    if not isinstance(ckpt, dict) or ckpt.get("script") != "p1_gan" or KEYS - ckpt.keys() or not isinstance(ckpt["args"], dict) or set(SETTINGS) - set(ckpt["args"]):
         fail(f"--ckpt {path}: not a checkpoint of this p1_gan.py; found {ckpt.get('script', 'another dict') if isinstance(ckpt, dict) else type(ckpt).__name__}")
     return ckpt
+
+
+def load_weights(net, state, path):
+    """Fills a network from a checkpoint's state dict."""
+    try:
+        net.load_state_dict(state)
+    except RuntimeError:
+        fail(f"--ckpt {path}: its networks have other layers than this p1_gan.py's, for instance those of an earlier version; train again")
 
 
 def resume(args, nets, optims):
     """Loads --ckpt into the training state; returns step, seconds and log. Differing settings are refused, not ignored."""
     ckpt = load_checkpoint(args.ckpt[0], args)
+    if "optim" not in ckpt:
+        fail(f"--resume: {args.ckpt[0]} holds the averaged network alone, without the state of training; give another --ckpt")
     differ = [f"{k} {getattr(args, k)} (checkpoint: {ckpt['args'][k]})" for k in SETTINGS if getattr(args, k) != ckpt["args"][k]]
     if differ:
         fail(f"--resume with other settings than {args.ckpt[0]}: {', '.join(differ)}; pass the checkpoint's, or another --ckpt")
     for key, net in zip(("model", "ema", "discriminator"), nets):
-        net.load_state_dict(ckpt[key])
+        load_weights(net, ckpt[key], args.ckpt[0])
     for optim, state in zip(optims, ckpt["optim"]):
         optim.load_state_dict(state)
-    torch.set_rng_state(ckpt["rng"]["cpu"].cpu())
+    torch.set_rng_state(ckpt["rng"]["cpu"])
     if args.device.type == "cuda" and "cuda" in ckpt["rng"]:
-        torch.cuda.set_rng_state(ckpt["rng"]["cuda"].cpu(), args.device)
+        torch.cuda.set_rng_state(ckpt["rng"]["cuda"], args.device)
     return ckpt["step"], ckpt["seconds"], ckpt["log"]
 
 
@@ -274,7 +283,7 @@ def update_ema(ema, model, step, decay):
 
 @torch.no_grad()
 def recalibrate(args, ema):
-    """Gives the averaged generator BatchNorm statistics of its own, over ten batches; copied ones belong to other weights (1809.11096, section 4)."""
+    """Gives the averaged generator BatchNorm statistics of its own, over ten batches; copied ones belong to other weights (standing statistics, 1809.11096)."""
     for module in ema.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
@@ -289,7 +298,7 @@ def recalibrate(args, ema):
 
 
 def d_step(args, g, d, optim, images, labels, p):
-    """D step: tell real from generated images (hinge, cross-entropy or Wasserstein), and for acgan real digits from one another. Returns (loss, D(x), D(G(z))), means."""
+    """D step: tell real from generated images (hinge, cross-entropy or Wasserstein), and for acgan real digits from one another (1610.09585 trains on generated ones too). Returns (loss, D(x), D(G(z))), means."""
     i = torch.randint(len(images), (args.batch_size // args.world,), device=args.device)
     real, y = images[i].float() / 127.5 - 1, labels[i] if labels is not None else None
     if args.flip:
@@ -430,7 +439,7 @@ def load_model(path, args):
     ckpt = load_checkpoint(path, args)
     method = ckpt["args"]["method"]
     model, _ = build(argparse.Namespace(method=method, device=args.device))
-    model.load_state_dict(ckpt["ema"])
+    load_weights(model, ckpt["ema"], path)
     return model.eval(), method
 
 
@@ -460,7 +469,7 @@ def sample(args):
         names = [f"{number:04d}.png" for number in range(args.num)]
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    others = sorted(name for name in set(os.listdir(out)) - set(names) if not name.endswith(".tmp"))
+    others = sorted(set(os.listdir(out)) - {f"{Path(name).stem}{suffix}" for name in names for suffix in (".png", ".tmp")})
     if others and args.rank == 0:
         print(f"warning: {out} holds {len(others)} other entries ({', '.join(others[:20])}{', ...' if others[20:] else ''}); "
               "graders read every file: use an empty folder", file=sys.stderr)
@@ -479,7 +488,7 @@ def write_png(path, image):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     try:
-        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(temporary, "PNG")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -572,7 +581,7 @@ def parse_args(argv=None):
         group.add_argument(name, default=default, help=f"{help} (default: {kw.pop('shown', default)})".replace("%", "%%"), **kw)
 
     def preset(key):
-        return ", ".join(f"{method} {values[key] or 'none'}" for method, values in PRESETS.items())
+        return ", ".join(f"{method} {values[key] if values[key] != '' else 'none'}" for method, values in PRESETS.items())
 
     add(p, "--mode", "train", "what to do", choices=("train", "sample", "eval", "grid"))
     add(p, "--method", "sngan", "the algorithm", choices=tuple(PRESETS))
@@ -593,12 +602,12 @@ def parse_args(argv=None):
     add(g, "--batch-size", None, "images per step", type=number(int, 2), shown=preset("batch_size"))
     add(g, "--lr", None, "learning rate of G", type=number(float, 0), shown=preset("lr"))
     add(g, "--lr-d", None, "learning rate of D", type=number(float, 0), shown=preset("lr_d"))
-    add(g, "--beta1", None, "Adam's beta1", type=number(float, 0, 1), shown=preset("beta1"))
-    add(g, "--beta2", None, "Adam's beta2", type=number(float, 0, 1), shown=preset("beta2"))
+    add(g, "--beta1", None, "Adam's beta1", type=number(float, 0, 0.9999), shown=preset("beta1"))
+    add(g, "--beta2", None, "Adam's beta2", type=number(float, 0, 0.9999), shown=preset("beta2"))
     add(g, "--weight-decay", 0.0, "AdamW's weight decay", type=number(float, 0))
     add(g, "--decay", None, "of the learning rates: linear to 0, or step: halved at 50 and 75 %", choices=("none", "linear", "step"), shown=preset("decay"))
     add(g, "--n-critic", None, "D updates per G update", type=number(int, 1), shown=preset("n_critic"))
-    add(g, "--g-updates", 1, "G updates after them", type=number(int, 1))
+    add(g, "--g-updates", None, "G updates after them", type=number(int, 1), shown=preset("g_updates"))
     add(g, "--ema", None, "decay of the averaged generator that samples; 0: the generator itself", type=number(float, 0, 1), shown=preset("ema"))
     add(g, "--diffaugment", None, "none, or color, translation, cutout with commas", type=policy, shown=preset("diffaugment"))
     add(g, "--label-smoothing", 0.0, "dcgan: real label 1 - this", type=number(float, 0, 1))
@@ -615,7 +624,7 @@ def parse_args(argv=None):
     if len(args.ckpt) > 1 and args.mode != "grid":
         fail(f"--ckpt {' '.join(args.ckpt)}: --mode {args.mode} takes one; only grid shows several")
     args.out = args.out or {"sample": "samples", "grid": "figures"}.get(args.mode)
-    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    args.rank, args.world = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if "LOCAL_RANK" in os.environ else (0, 1)  # torchrun's
     if args.world > 1 and args.mode not in ("train", "sample"):
         fail(f"--mode {args.mode} with {args.world} processes: only train and sample share their work")
     try:
@@ -636,10 +645,12 @@ def main(argv=None):
     try:
         {"train": train, "sample": sample, "eval": evaluate, "grid": grid}[args.mode](args)
     except OSError as e:  # a full disk, a folder without permission, a file in a folder's place
-        fail(f"{e.filename or args.out}: {e.strerror or e}")
+        fail(f"{e.filename or args.out or args.mode}: {e.strerror or e}")
     except ModuleNotFoundError as e:
         fail(f"--mode {args.mode} needs {e.name}; {'copy common.py too' if e.name == 'common' else 'pip install -r requirements.txt'}")
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):  # what CPUs say
+            raise
         fail(f"out of memory on {args.device}; lower --batch-size", code=1)
     except KeyboardInterrupt:
         raise SystemExit(130)

@@ -307,7 +307,7 @@ def bf16_available(device):
 
 NETWORK = ("arch", "channels", "blocks", "patch", "attention", "dropout", "width", "T", "schedule", "prediction", "label_dropout")
 TRAINING = ("batch_size", "lr", "gamma", "seed", "images")
-KEYS = {"script", "args", "step", "seconds", "model", "ema", "optim", "rng", "log"}
+KEYS = {"script", "args", "ema"}  # of a checkpoint that samples; --resume needs the rest as well
 
 
 def save_checkpoint(args, model, ema, optim, step, seconds, log):
@@ -334,12 +334,12 @@ def load_checkpoint(args):
     """The checkpoint of this script in --ckpt, read without running code from it."""
     path = args.ckpt
     if not Path(path).is_file():
-        fail(f"--ckpt {path}: no such file; make one with: python p2_diffusion.py --mode train --arch {args.arch} --ckpt {path}")
+        fail(f"--ckpt {path}: no such file; make one with: python p2_diffusion.py --mode train --arch {args.arch} --data DIR --ckpt {path}")
     try:
-        ckpt = torch.load(path, map_location=args.device, weights_only=True)
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises many types for damaged or hostile files
         fail(f"--ckpt {path}: not a readable checkpoint ({type(e).__name__}); truncated, or not written by p2_diffusion.py --mode train")
-    if not isinstance(ckpt, dict) or ckpt.get("script") != "p2_diffusion" or KEYS - ckpt.keys() or set(NETWORK + TRAINING) - ckpt["args"].keys():
+    if not isinstance(ckpt, dict) or ckpt.get("script") != "p2_diffusion" or KEYS - ckpt.keys() or not isinstance(ckpt["args"], dict) or set(NETWORK + TRAINING) - ckpt["args"].keys():
         fail(f"--ckpt {path}: not a checkpoint of this p2_diffusion.py; found {ckpt.get('script', 'another dict') if isinstance(ckpt, dict) else type(ckpt).__name__}")
     if ckpt["args"]["arch"] != args.arch:
         fail(f"--ckpt {path}: holds --arch {ckpt['args']['arch']}, expected {args.arch}; pass --arch {ckpt['args']['arch']} or another --ckpt")
@@ -349,15 +349,17 @@ def load_checkpoint(args):
 def resume(args, model, ema, optim):
     """Loads --ckpt into the training state; returns step, seconds and log. Differing settings are refused, not ignored."""
     ckpt = load_checkpoint(args)
+    if "optim" not in ckpt:
+        fail(f"--resume: {args.ckpt} holds the averaged network alone, without the state of training; give another --ckpt")
     differ = [f"{k} {getattr(args, k)} (checkpoint: {ckpt['args'][k]})" for k in NETWORK + TRAINING if getattr(args, k) != ckpt["args"][k]]
     if differ:
         fail(f"--resume with other settings than {args.ckpt}: {', '.join(differ)}; pass the checkpoint's, or another --ckpt")
     model.load_state_dict(ckpt["model"])
     ema.load_state_dict(ckpt["ema"])
     optim.load_state_dict(ckpt["optim"])
-    torch.set_rng_state(ckpt["rng"]["cpu"].cpu())
+    torch.set_rng_state(ckpt["rng"]["cpu"])
     if args.device.type == "cuda" and "cuda" in ckpt["rng"]:
-        torch.cuda.set_rng_state(ckpt["rng"]["cuda"].cpu(), args.device)
+        torch.cuda.set_rng_state(ckpt["rng"]["cuda"], args.device)
     return ckpt["step"], ckpt["seconds"], ckpt["log"]
 
 
@@ -493,7 +495,7 @@ def sample(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     pairs = [(digit, number) for digit in range(DIGITS) for number in range(1, args.num + 1)]
-    others = sorted(name for name in set(os.listdir(out)) - {f"{digit}_{number:03d}.png" for digit, number in pairs} if not name.endswith(".tmp"))
+    others = sorted(set(os.listdir(out)) - {f"{digit}_{number:03d}{suffix}" for digit, number in pairs for suffix in (".png", ".tmp")})
     if others and args.rank == 0:
         print(f"warning: {out} holds {len(others)} other entries ({', '.join(others[:20])}{', ...' if others[20:] else ''}); "
               "graders read every file: use an empty folder", file=sys.stderr)
@@ -616,7 +618,7 @@ def parse_args(argv=None):
     args.batch_size = args.batch_size or (100 if args.mode != "train" else 32 if args.fast else 64)
     args.ckpt = args.ckpt or f"checkpoints/p2_diffusion_{args.arch}.pt"
     args.out = args.out or {"sample": "samples", "grid": "figures"}.get(args.mode)
-    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    args.rank, args.world = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if "LOCAL_RANK" in os.environ else (0, 1)  # torchrun's
     if args.world > 1 and args.mode not in ("train", "sample"):
         fail(f"--mode {args.mode} with {args.world} processes: only train and sample share their work")
     try:
@@ -637,10 +639,12 @@ def main(argv=None):
     try:
         {"train": train, "sample": sample, "eval": evaluate, "grid": grid}[args.mode](args)
     except OSError as e:  # a full disk, a folder without permission, a file in a folder's place
-        fail(f"{e.filename or args.out}: {e.strerror or e}")
+        fail(f"{e.filename or args.out or args.mode}: {e.strerror or e}")
     except ModuleNotFoundError as e:
         fail(f"--mode {args.mode} needs {e.name}; {'copy common.py too' if e.name == 'common' else 'pip install -r requirements.txt'}")
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):  # what CPUs say
+            raise
         fail(f"out of memory on {args.device}; lower --batch-size", code=1)
     except KeyboardInterrupt:
         raise SystemExit(130)

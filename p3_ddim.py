@@ -109,9 +109,7 @@ class Block(nn.Module):
 
 def init(layer, scale=1.0):
     """Uniform with variance scale / mean of fan-in and fan-out, zero bias; 1e-10 makes a branch start as zero."""
-    fan_out, fan_in = layer.weight.shape[:2]
-    bound = math.sqrt(3 * scale / ((fan_in + fan_out) / 2 * layer.weight[0, 0].numel()))
-    nn.init.uniform_(layer.weight, -bound, bound)
+    nn.init.xavier_uniform_(layer.weight, math.sqrt(scale))
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -147,11 +145,10 @@ class UNet(nn.Module):
                 up.append(Block(c + widths.pop(), c := channel * m, c_time, dropout, 2**level in attention))
             if level:
                 up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv3x3(c, c)))  # doubles H and W
-        for name, modules in (("down", down), ("mid", middle), ("up", up)):  # the course's names: down1, down2, ...
-            for i, module in enumerate(modules, 1):
-                self.add_module(f"{name}{i}", module)
+        self.names = [[f"{name}{i + 1}" for i in range(len(modules))] for name, modules in (("down", down), ("mid", middle), ("up", up))]  # the course's
+        for name, module in zip(sum(self.names, []), down + middle + up):
+            self.add_module(name, module)
         self.out = nn.Sequential(nn.GroupNorm(32, c), nn.SiLU(), conv3x3(c, 3 * patch**2, scale=1e-10))
-        self.names = [[f"{n}{i + 1}" for i in range(len(m))] for n, m in (("down", down), ("mid", middle), ("up", up))]
 
     def forward(self, x, t):
         time, skips, x = self.time(t), [], F.pixel_unshuffle(x, self.patch)
@@ -298,7 +295,7 @@ def bf16_available(device):
 
 NETWORK = ("size", "channel", "multipliers", "blocks", "attention", "dropout", "patch")
 TRAINING = ("batch_size", "lr", "gamma", "seed", "images")
-KEYS = {"script", "args", "step", "seconds", "model", "ema", "optim", "rng", "log"}
+KEYS = {"script", "args", "ema"}  # of a checkpoint that samples; --resume needs the rest as well
 
 
 def build(args):
@@ -332,12 +329,12 @@ def load_checkpoint(args):
     """The dict in --ckpt, read without running code from it: a checkpoint of --mode train, or the course's state dict."""
     path = args.ckpt
     if not Path(path).is_file():
-        fail(f"--ckpt {path}: no such file; make one with: python p3_ddim.py --mode train --ckpt {path}; or give the course's UNet.pt")
+        fail(f"--ckpt {path}: no such file; make one with: python p3_ddim.py --mode train --data DIR --ckpt {path}; or give the course's UNet.pt")
     try:
-        ckpt = torch.load(path, map_location=args.device, weights_only=True)
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises many types for damaged or hostile files
         fail(f"--ckpt {path}: not a readable checkpoint or state dict ({type(e).__name__})")
-    if isinstance(ckpt, dict) and "script" in ckpt and (ckpt["script"] != "p3_ddim" or KEYS - ckpt.keys() or set(NETWORK + TRAINING) - ckpt["args"].keys()):
+    if isinstance(ckpt, dict) and "script" in ckpt and (ckpt["script"] != "p3_ddim" or KEYS - ckpt.keys() or not isinstance(ckpt["args"], dict) or set(NETWORK + TRAINING) - ckpt["args"].keys()):
         fail(f"--ckpt {path}: not a checkpoint of this p3_ddim.py; found {ckpt['script']}")
     return ckpt
 
@@ -345,17 +342,17 @@ def load_checkpoint(args):
 def resume(args, model, ema, optim):
     """Loads --ckpt into the training state; returns step, seconds and log. Differing settings are refused, not ignored."""
     ckpt = load_checkpoint(args)
-    if not isinstance(ckpt, dict) or "script" not in ckpt:
-        fail(f"--resume: {args.ckpt} is a state dict without the state of training; give another --ckpt")
+    if not isinstance(ckpt, dict) or "optim" not in ckpt:
+        fail(f"--resume: {args.ckpt} holds a network alone, without the state of training; give another --ckpt")
     differ = [f"{k} {getattr(args, k)} (checkpoint: {ckpt['args'][k]})" for k in NETWORK + TRAINING if getattr(args, k) != ckpt["args"][k]]
     if differ:
         fail(f"--resume with other settings than {args.ckpt}: {', '.join(differ)}; pass the checkpoint's, or another --ckpt")
     model.load_state_dict(ckpt["model"])
     ema.load_state_dict(ckpt["ema"])
     optim.load_state_dict(ckpt["optim"])
-    torch.set_rng_state(ckpt["rng"]["cpu"].cpu())
+    torch.set_rng_state(ckpt["rng"]["cpu"])
     if args.device.type == "cuda" and "cuda" in ckpt["rng"]:
-        torch.cuda.set_rng_state(ckpt["rng"]["cuda"].cpu(), args.device)
+        torch.cuda.set_rng_state(ckpt["rng"]["cuda"], args.device)
     return ckpt["step"], ckpt["seconds"], ckpt["log"]
 
 
@@ -458,24 +455,24 @@ def load_model(args):
     return model.to(args.device).eval()
 
 
-def image_noise(i, args):
-    """A generator of normal noise for image number i, the same whatever batch it is in."""
-    return torch.Generator().manual_seed(args.seed * 100_003 + i)
+def image_noise(args, *key):
+    """A generator of normal noise for an image, the same whatever batch it is in. key: its number, and 1 for what the sampler adds on the way."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([args.seed, *key]).generate_state(1)[0]))
 
 
 def load_noises(args, model, count=None):
-    """(names, tensor (N, 3, H, W)) of all *.pt in --noise, or of the first `count`; without --noise, those that --mode noise would write, --num of them."""
+    """(names, tensor (N, 3, H, W) on the CPU) of all *.pt in --noise, or of the first `count`; without --noise, those that --mode noise would write, --num of them."""
     if args.noise is None:
         count = count or args.num
         names = [f"{i:04d}" for i in range(count)]
-        return names, torch.cat([torch.randn(1, 3, args.size, args.size, generator=image_noise(i, args)) for i in range(count)]).to(args.device)
-    paths = sorted(Path(args.noise).glob("*.pt"))[:count]
+        return names, torch.cat([torch.randn(1, 3, args.size, args.size, generator=image_noise(args, i)) for i in range(count)])
+    paths = sorted(Path(args.noise).glob("[!.]*.pt"))[:count]
     if len(paths) < (count or 1):
         fail(f"--noise {args.noise}: found {len(paths)} files *.pt, expected at least {count or 1}; make ten in another folder with --mode noise --out FOLDER")
     noises = []
     for path in paths:
         try:
-            noise = torch.load(path, map_location=args.device, weights_only=True)
+            noise = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:
             fail(f"{path}: not a readable tensor ({type(e).__name__})")
         found = f"{tuple(noise.shape)} {noise.dtype}" if isinstance(noise, torch.Tensor) else type(noise).__name__
@@ -489,18 +486,21 @@ def load_noises(args, model, count=None):
 
 def predictor(model, args, alpha_bar, calls):
     """eps_model(x, t int) -> eps float32 that the samplers call, with a bar over `calls` network calls and a line that says how long they will take."""
-    done, start = 0, time.perf_counter()
+    done, start = 0, 0.0
     bar = tqdm(total=calls, desc="network", unit="call", mininterval=1 if sys.stderr.isatty() else 60)
 
     def eps_model(x, t):
-        nonlocal done
+        nonlocal done, start
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
             out = model(x, torch.full((len(x),), t, device=x.device)).float()
         done += 1
         bar.update()
-        if done == 2:  # the first call is slower
+        if done < 3:
             out.sum().item()  # waits for a GPU
-            print(f"about {(time.perf_counter() - start) / 2 * calls:.0f} s for {calls} network calls on {x.device}", flush=True)
+        if done == 1:  # the first call is slower
+            start = time.perf_counter()
+        if done == 2:
+            print(f"about {(time.perf_counter() - start) * calls:.0f} s for {calls} network calls on {x.device}", flush=True)
         if done == calls:
             bar.close()
         return math.sqrt(alpha_bar[t]) * out + math.sqrt(1 - alpha_bar[t]) * x if args.own else out  # v -> eps
@@ -514,8 +514,8 @@ def generate(model, noises, args, eta=0.0, numbers=None):
     alpha_bar, size, numbers = make_alpha_bar(), batch_size(args, noises), numbers or range(len(noises))
     eps_model = predictor(model, args, alpha_bar, math.ceil(len(noises) / size) * network_calls(args))
     for i in range(0, len(noises), size):
-        x = noises[i:i + size]
-        generators = [image_noise(10**6 + j, args) for j in numbers[i:i + size]]
+        x = noises[i:i + size].to(args.device)
+        generators = [image_noise(args, j, 1) for j in numbers[i:i + size]]
 
         def noise():
             return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device)
@@ -537,7 +537,7 @@ def sample(args):
     model, out = load_model(args), Path(args.out)
     names, noises = load_noises(args, model)
     out.mkdir(parents=True, exist_ok=True)
-    others = sorted(name for name in set(os.listdir(out)) - {f"{name}.png" for name in names} if not name.endswith(".tmp"))
+    others = sorted(set(os.listdir(out)) - {f"{name}{suffix}" for name in names for suffix in (".png", ".tmp")})
     if others and args.rank == 0:
         print(f"warning: {out} holds {len(others)} other entries ({', '.join(others[:20])}{', ...' if others[20:] else ''}); use an empty folder", file=sys.stderr)
     numbers, start = range(args.rank, len(names), args.world), time.perf_counter()
@@ -560,7 +560,7 @@ def how(args):
 
 @torch.inference_mode()
 def invert(args):
-    """For each image of --input, writes the noise NN.pt that DDIM turns into it and what comes back as NN.png into --out; prints the PSNR of that."""
+    """For each image of --input, writes the noise NN.pt that DDIM without clamping turns into it and what comes back as NN.png into --out; prints the PSNR of that."""
     from common import is_image, read_image
     out = Path(args.out)
     if not Path(args.input).is_dir():
@@ -602,7 +602,7 @@ def write_noise(args):
     if any(path.exists() for path in paths):
         fail(f"--out {args.out}: holds noises already; give another folder")
     for i, path in enumerate(paths):
-        save_noise(torch.randn(1, 3, args.size, args.size, generator=image_noise(i, args)), path)
+        save_noise(torch.randn(1, 3, args.size, args.size, generator=image_noise(args, i)), path)
 
 
 def save_noise(noise, path):
@@ -622,6 +622,9 @@ def save_noise(noise, path):
 def mse(args):
     """Prints the mean squared error on the 0-255 scale, in float64, of each image of --input against --gt, and their mean."""
     from common import read_image
+    for folder in (args.input, args.gt):
+        if not Path(folder).is_dir():
+            fail(f"{folder}: no such folder of images")
     folders = [{p.name: p for p in sorted(Path(f).glob("*.png"))} for f in (args.input, args.gt)]
     for folder, mine, other in ((args.input, *folders), (args.gt, *reversed(folders))):
         missing = sorted(other.keys() - mine.keys())
@@ -634,7 +637,7 @@ def mse(args):
             fail(f"{name}: {a.shape[1]}x{a.shape[0]} in --input, {b.shape[1]}x{b.shape[0]} in --gt")
         errors.append(((a - b) ** 2).mean())
         print(f"{name}  {errors[-1]:.4f}")
-    print(f"mean {np.mean(errors):.4f}  largest {max(errors):.4f}  (baseline: every image below 20)")
+    print(f"mean {np.mean(errors):.4f}  largest {max(errors):.4f}  (the course's baseline: 20)")
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps({"n": len(errors), "mse": float(np.mean(errors)), "largest": max(errors)}, indent=1))
@@ -758,10 +761,10 @@ def parse_args(argv=None):
         fail(f"--eta {' '.join(map(str, args.eta))}: --mode {args.mode} takes one; only eta-grid shows several")
     if args.sampler == "ddim" and (T % args.sample_steps or args.sample_steps < 2):
         fail(f"--sample-steps {args.sample_steps}: expected a divisor of {T} from 2 on; DDIM's steps are evenly spaced")
-    if args.mode == "invert" and args.sampler != "ddim":
-        fail(f"--mode invert --sampler {args.sampler}: it is DDIM that is inverted")
+    if args.sampler != "ddim" and (args.mode in ("invert", "eta-grid") or any(args.eta)):
+        fail(f"--mode {args.mode} --sampler {args.sampler}: eta and inversion are DDIM's")
     args.out = args.out or {"sample": "samples", "noise": "noise", "invert": "inverted", "eval": None, "mse": None}.get(args.mode, "figures")
-    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    args.rank, args.world = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if "LOCAL_RANK" in os.environ else (0, 1)  # torchrun's
     if args.world > 1 and args.mode not in ("train", "sample"):
         fail(f"--mode {args.mode} with {args.world} processes: only train and sample share their work")
     try:
@@ -783,10 +786,12 @@ def main(argv=None):
         {"train": train, "sample": sample, "mse": mse, "eta-grid": eta_grid, "interpolate": interpolate, "noise": write_noise,
          "invert": invert, "eval": evaluate, "grid": grid}[args.mode](args)
     except OSError as e:  # a full disk, a folder without permission, a file in a folder's place
-        fail(f"{e.filename or args.out}: {e.strerror or e}")
+        fail(f"{e.filename or args.out or args.mode}: {e.strerror or e}")
     except ModuleNotFoundError as e:
         fail(f"--mode {args.mode} needs {e.name}; {'copy common.py too' if e.name == 'common' else 'pip install -r requirements.txt'}")
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):  # what CPUs say
+            raise
         fail(f"out of memory on {args.device}; lower --batch-size", code=1)
     except KeyboardInterrupt:
         raise SystemExit(130)

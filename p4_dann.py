@@ -196,7 +196,7 @@ def bf16_available(device):
 
 
 SETTINGS = ("arch", "training", "labelled", "unlabelled", "steps", "batch_size", "lr", "seed", "images")
-KEYS = {"script", "args", "step", "seconds", "model", "ema", "optim", "rng", "log"}
+KEYS = {"script", "args", "ema"}  # of a checkpoint that predicts; --resume needs the rest as well
 LOG = ("step", "class_loss", "adaptation_loss", "sure", "images_per_s", "seconds")
 
 
@@ -221,13 +221,13 @@ def save_checkpoint(args, model, ema, optim, step, seconds, log):
 def load_checkpoint(path, args):
     """A checkpoint of this script, read without running code from it."""
     if not Path(path).is_file():
-        target = f" --target {args.target}" if args.target else ""
-        fail(f"--ckpt {path}: no such file; make one with: python p4_dann.py --mode train --method {args.method}{target} --ckpt {path}")
+        pair = f" --source {args.source} --target {args.target}" if args.target else ""
+        fail(f"--ckpt {path}: no such file; make one with: python p4_dann.py --mode train --method {args.method}{pair} --data DIR --ckpt {path}")
     try:
-        ckpt = torch.load(path, map_location=args.device, weights_only=True)
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises many types for damaged or hostile files
         fail(f"--ckpt {path}: not a readable checkpoint ({type(e).__name__}); truncated, or not written by p4_dann.py --mode train")
-    if not isinstance(ckpt, dict) or ckpt.get("script") != "p4_dann" or KEYS - ckpt.keys() or set(SETTINGS) - set(ckpt["args"]):
+    if not isinstance(ckpt, dict) or ckpt.get("script") != "p4_dann" or KEYS - ckpt.keys() or not isinstance(ckpt["args"], dict) or set(SETTINGS) - set(ckpt["args"]):
         fail(f"--ckpt {path}: not a checkpoint of this p4_dann.py; found {ckpt.get('script', 'another dict') if isinstance(ckpt, dict) else type(ckpt).__name__}")
     return ckpt
 
@@ -244,6 +244,8 @@ def load_training_set(args):
 def matching_checkpoint(args):
     """The checkpoint in --ckpt, if it was made with the settings and the images of `args`; any difference is refused, not ignored."""
     ckpt = load_checkpoint(args.ckpt[0], args)
+    if "optim" not in ckpt:
+        fail(f"{args.ckpt[0]} holds the averaged network alone, without the state of training; give another --ckpt")
     differ = [f"{k} {getattr(args, k)} (checkpoint: {ckpt['args'][k]})" for k in SETTINGS if getattr(args, k) != ckpt["args"][k]]
     if differ:
         fail(f"other settings than those of {args.ckpt[0]}: {', '.join(differ)}; pass the checkpoint's, or another --ckpt")
@@ -256,9 +258,9 @@ def resume(args, model, ema, optim):
     model.load_state_dict(ckpt["model"])
     ema.load_state_dict(ckpt["ema"])
     optim.load_state_dict(ckpt["optim"])
-    torch.set_rng_state(ckpt["rng"]["cpu"].cpu())
+    torch.set_rng_state(ckpt["rng"]["cpu"])
     if args.device.type == "cuda" and "cuda" in ckpt["rng"]:
-        torch.cuda.set_rng_state(ckpt["rng"]["cuda"].cpu(), args.device)
+        torch.cuda.set_rng_state(ckpt["rng"]["cuda"], args.device)
     return ckpt["step"], ckpt["seconds"], ckpt["log"]
 
 
@@ -656,10 +658,12 @@ def main(argv=None):
     try:
         {"train": train, "predict": write_predictions, "eval": evaluate, "table": table, "tsne": tsne}[args.mode](args)
     except OSError as e:  # a full disk, a folder without permission, a file in a folder's place
-        fail(f"{e.filename or args.out}: {e.strerror or e}")
+        fail(f"{e.filename or args.out or args.mode}: {e.strerror or e}")
     except ModuleNotFoundError as e:
         fail(f"--mode {args.mode} needs {e.name}; {'copy common.py too' if e.name == 'common' else 'pip install -r requirements.txt'}")
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):  # what CPUs say
+            raise
         fail(f"out of memory on {args.device}; lower --batch-size", code=1)
     except KeyboardInterrupt:
         raise SystemExit(130)

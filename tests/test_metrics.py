@@ -68,10 +68,16 @@ def test_frechet_distance_of_a_set_to_itself_is_zero(n):
 
 def test_kid_is_unbiased():
     """Mean 0 on equal laws, where the biased estimate would be positive; clearly positive on different ones."""
-    means = [common.kernel_distance(gaussian(60, seed=i), gaussian(60, seed=1000 + i), subsets=2, size=60)[0] for i in range(300)]
+    means = [common.kernel_distance(gaussian(60, seed=i), gaussian(60, seed=1000 + i))[0] for i in range(300)]
     assert abs(np.mean(means)) < 4 * np.std(means) / np.sqrt(len(means))
-    far, error = common.kernel_distance(gaussian(200), gaussian(200, seed=1) + 1, subsets=20, size=100)
-    assert far > 20 * error > 0
+    far, error = common.kernel_distance(gaussian(200), gaussian(200, seed=1) + 1)
+    assert far > 10 * error > 0
+
+
+def test_standard_error_of_kid():
+    """It is the spread of the estimate over new draws of both sets, of different sizes."""
+    values, errors = zip(*(common.kernel_distance(gaussian(60, seed=i), gaussian(100, seed=1000 + i) + 0.3) for i in range(300)))
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.25)
 
 
 def test_inception_score_bounds():

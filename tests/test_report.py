@@ -95,13 +95,13 @@ def test_graders_calls(tmp_path):
     for i in range(3):
         Image.new("L", (16, 16), 80 * i).save(images / f"{i}.png")
     script = home / "run_all.sh"
-    for arguments in (["some images/usps", "new folder/pred.csv"], ["some images/usps", "usps", tmp_path / "of 2021.csv"]):
-        result = run_all("p4", *arguments, script=script, cwd=tmp_path)
+    for arguments in (["p4", "some images/usps", "new folder/pred.csv"], ["bonus", "some images/usps", "usps", tmp_path / "of 2021.csv"]):
+        result = run_all(*arguments, script=script, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         with open(tmp_path / arguments[-1]) as f:
             assert [row["image_name"] for row in csv.DictReader(f)] == ["0.png", "1.png", "2.png"]
     result = run_all("p4", "some images/usps", "svhn", "out.csv", script=script, cwd=tmp_path)
-    assert result.returncode == 2 and "p4_dann-mt_usps_svhn_deep_0.pt" in result.stderr  # 2021's source
+    assert result.returncode == 2 and "--method dann --source usps --target svhn --data DIR --ckpt checkpoints/p4_dann_usps_svhn_deep_0.pt" in result.stderr  # 2021's
     result = run_all("p2", "out put", script=script, cwd=tmp_path)
     assert result.returncode == 0 and len(os.listdir(tmp_path / "out put")) == 1000, result.stderr
     (tmp_path / "noise").mkdir()
