@@ -12,6 +12,8 @@ A data set is one uint8 tensor (N, 3, H, W) and one int64 tensor (N,) of labels.
    a folder of photographs (BSDS500 or BSR, or else every *.jpg below ROOT), as Ganin et al. did (arXiv 1505.07818): |patch - digit|;
 3. ROOT = None: built-in data, made in seconds from files that scikit-learn and matplotlib ship.
 
+`load_faces` takes every PNG and JPEG of ROOT/face/{train,val} or ROOT/{train,val} (2021: face/test), or draws its own.
+
 Decoded PNG folders are cached in $XDG_CACHE_HOME (or ~/.cache), keyed by every file's path, size and time.
 """
 import argparse

