@@ -829,7 +829,7 @@ def save_curves(path, csv_path, columns, title, yscale="log"):
     log = np.atleast_1d(np.genfromtxt(csv_path, delimiter=",", names=True))
     fig, ax = plt.subplots(figsize=(6, 3.2), dpi=150)
     for column in columns:
-        ax.plot(log["step"], log[column], label=column)
+        ax.plot(log["step"], log[column], label=column, marker="." if log.size < 3 else None)
     ax.set(xlabel="step", title=title, yscale=yscale)
     ax.legend()
     fig.tight_layout()
