@@ -496,12 +496,11 @@ def predictor(model, args, alpha_bar, calls):
             out = model(x, torch.full((len(x),), t, device=x.device)).float()
         done += 1
         bar.update()
-        if done < 3:
+        if done <= 2:
             out.sum().item()  # waits for a GPU
-        if done == 1:  # the first call is slower
+            if done == 2:  # the first call is slower
+                print(f"about {(time.perf_counter() - start) * calls:.0f} s for {calls} network calls on {x.device}", flush=True)
             start = time.perf_counter()
-        if done == 2:
-            print(f"about {(time.perf_counter() - start) * calls:.0f} s for {calls} network calls on {x.device}", flush=True)
         if done == calls:
             bar.close()
         return math.sqrt(alpha_bar[t]) * out + math.sqrt(1 - alpha_bar[t]) * x if args.own else out  # v -> eps

@@ -4,7 +4,7 @@
 #   bash run_all.sh                          built-in data, minutes, results in results/
 #   bash run_all.sh IN OUT [p1 p2 p3 p4]     the course's data in IN, results in OUT; after an interruption the same call goes on where it stopped
 #
-# The graders' calls, with checkpoints in checkpoints/ beside this file (train there, or: mkdir checkpoints && cp OUT/*.pt checkpoints/):
+# The graders' calls, with checkpoints in checkpoints/ beside this file (train there, or: mkdir -p checkpoints && cp OUT/*.pt checkpoints/):
 #
 #   bash run_all.sh p1 OUT                     1000 faces                   hw2_p1.sh of 2021, hw2_1.sh of 2022
 #   bash run_all.sh acgan OUT                  0_001.png ... 9_100.png      hw2_p2.sh of 2021

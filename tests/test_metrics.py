@@ -70,8 +70,8 @@ def test_kid_is_unbiased():
     """Mean 0 on equal laws, where the biased estimate would be positive; clearly positive on different ones."""
     means = [common.kernel_distance(gaussian(60, seed=i), gaussian(60, seed=1000 + i))[0] for i in range(300)]
     assert abs(np.mean(means)) < 4 * np.std(means) / np.sqrt(len(means))
-    far, error = common.kernel_distance(gaussian(200), gaussian(200, seed=1) + 1)
-    assert far > 10 * error > 0
+    far, error = common.kernel_distance(gaussian(2000), gaussian(2000, seed=1) + 1)
+    assert far > 20 * error > 0
 
 
 def test_standard_error_of_kid():

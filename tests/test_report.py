@@ -89,13 +89,14 @@ def test_graders_calls(tmp_path):
     for name in ("run_all.sh", "p1_gan.py", "p2_diffusion.py", "p4_dann.py", "p3_ddim.py", "common.py"):
         shutil.copy(ROOT / name, home)
     p2.main(["--mode", "train", "--steps", "1", "--channels", "32", "32", "--batch-size", "4", "--T", "20", "--ckpt", str(home / "checkpoints" / "p2_diffusion_unet.pt"), "--device", "cpu"])
-    p4.main(["--mode", "train", "--target", "usps", "--steps", "2", "--batch-size", "8", "--ckpt", str(home / "checkpoints" / "p4_dann-mt_mnistm_usps_deep_0.pt"), "--device", "cpu"])
+    for method in ("dann", "dann-mt"):
+        p4.main(["--mode", "train", "--method", method, "--target", "usps", "--steps", "2", "--batch-size", "8", "--ckpt", str(home / "checkpoints" / f"p4_{method}_mnistm_usps_deep_0.pt"), "--device", "cpu"])
     images = tmp_path / "some images" / "usps"
     images.mkdir(parents=True)
     for i in range(3):
         Image.new("L", (16, 16), 80 * i).save(images / f"{i}.png")
     script = home / "run_all.sh"
-    for arguments in (["p4", "some images/usps", "new folder/pred.csv"], ["bonus", "some images/usps", "usps", tmp_path / "of 2021.csv"]):
+    for arguments in (["p4", "some images/usps", "new folder/pred.csv"], ["p4", "some images/usps", "usps", tmp_path / "of 2021.csv"], ["bonus", "some images/usps", "usps", tmp_path / "bonus.csv"]):
         result = run_all(*arguments, script=script, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         with open(tmp_path / arguments[-1]) as f:
