@@ -402,7 +402,7 @@ def train(args):
             show = step % 500 == 0 or done
             if args.ema and (due or keep or show):
                 recalibrate(args, ema)
-            if step % 100 == 0 or done or due or keep:
+            if step % min(100, max(10, args.steps // 20)) == 0 or done or due or keep:
                 mean, now = (total / count).tolist(), seconds + time.perf_counter() - start
                 if not all(map(math.isfinite, mean)):
                     fail(f"losses are {mean[0]} (D) and {mean[1]} (G) at step {step}; {path} keeps the last good state, if any; try a lower --lr", code=1)

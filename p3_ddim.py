@@ -404,7 +404,7 @@ def train(args):
             total, count = total + loss.detach() + 0 * norm, count + 1  # 0 * inf is NaN: gradients are checked with the loss
             bar.update()
             done, due = step == args.steps or any_process(stop, args), time.perf_counter() - saved > 120
-            if step % 100 == 0 or done or due:
+            if step % min(100, max(10, args.steps // 20)) == 0 or done or due:
                 mean, now = total.item() / count, seconds + time.perf_counter() - start
                 if not math.isfinite(mean):
                     fail(f"loss is {mean} at step {step}; {args.ckpt} keeps the last good state, if any; try a lower --lr", code=1)

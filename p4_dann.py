@@ -341,7 +341,7 @@ def train(args):
             total, count = total + parts.detach() + 0 * norm, count + 1  # 0 * inf is NaN: gradients are checked with the loss
             bar.update()
             done, due = step == args.steps or bool(stop), time.perf_counter() - saved > 120
-            if step % 100 == 0 or done or due:
+            if step % min(100, max(10, args.steps // 20)) == 0 or done or due:
                 mean, now = (total / count).tolist(), seconds + time.perf_counter() - start
                 if not all(map(math.isfinite, mean)):
                     fail(f"loss is {mean[0] + mean[1]} at step {step}; {path} keeps the last good state, if any; try a lower --lr", code=1)
