@@ -244,16 +244,19 @@ def ddim_inverse(eps_model, x, alpha_bar, steps=50, iterations=3):
     return x
 
 
-def dpm_times(alpha_bar, steps):
-    """`steps` times from 999 to 0, evenly spaced in log-SNR lambda_ (fewer where two fall on the same integer). At 20 steps even spacing in t errs ten times as much."""
+def dpm_times(alpha_bar, steps, last=0):
+    """`steps` times from 999 to `last`, evenly spaced in log-SNR lambda_ (fewer where two fall on the same integer). At 20 steps even spacing in t errs ten times as much."""
     lambda_ = (alpha_bar / (1 - alpha_bar)).log() / 2
-    grid = torch.linspace(lambda_[-1], lambda_[0], steps, dtype=torch.float64)
+    grid = torch.linspace(lambda_[-1], lambda_[last], steps, dtype=torch.float64)
     return (lambda_[:, None] - grid).abs().argmin(0).unique().flip(0).tolist()
 
 
-def dpm_solver(eps_model, x, alpha_bar, steps):
-    """DPM-Solver++(2M) over `steps` network calls (2211.01095, algorithm 2); the last one's x0 is the result."""
-    times = dpm_times(alpha_bar, steps)
+def dpm_solver(eps_model, x, alpha_bar, steps, last=0):
+    """DPM-Solver++(2M) over `steps` network calls (2211.01095, algorithm 2); the last one's x0, at time `last`, is the result.
+
+    A `last` above 0 leaves the finest noise to one call: a small network makes it into cleaner texture than many small steps do.
+    """
+    times = dpm_times(alpha_bar, steps, last)
     a, s = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
     lambda_ = [math.log(p / q) for p, q in zip(a, s)]
     before = None  # (h, x0) of the step before
@@ -523,8 +526,13 @@ def generate(model, noises, args, eta=0.0, numbers=None):
         if args.sampler == "ddim":
             x = ddim(eps_model, x, alpha_bar, args.sample_steps, eta, noise)
         else:
-            x = dpm_solver(eps_model, x, alpha_bar, args.sample_steps) if args.sampler == "dpm++" else ddpm(eps_model, x, alpha_bar, noise)
+            x = dpm_solver(eps_model, x, alpha_bar, args.sample_steps, last_time(args)) if args.sampler == "dpm++" else ddpm(eps_model, x, alpha_bar, noise)
         yield to_uint8(x, min_max=not args.own)
+
+
+def last_time(args):
+    """dpm_solver's `last`: of 0, 20, 40 and 60, 40 has the lowest Frechet distance with the README's 64x64 network (228, 180, 169 and 171, 500 faces)."""
+    return 40 if args.own else 0
 
 
 def batch_size(args, images):
@@ -550,7 +558,7 @@ def sample(args):
 
 def network_calls(args):
     """How often the sampler calls the network for one image."""
-    return {"ddpm": T, "ddim": len(ddim_times(args.sample_steps)) - 1, "dpm++": len(dpm_times(make_alpha_bar(), args.sample_steps))}[args.sampler]
+    return {"ddpm": T, "ddim": len(ddim_times(args.sample_steps)) - 1, "dpm++": len(dpm_times(make_alpha_bar(), args.sample_steps, last_time(args)))}[args.sampler]
 
 
 def how(args):
