@@ -41,7 +41,7 @@ Z, DIGITS = 100, 10
 PRESETS = {
     "dcgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=1, ema=0.0, diffaugment="", decay="none", batch_size=64, steps=7000),
     "wgangp": dict(lr=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9, n_critic=5, g_updates=1, ema=0.0, diffaugment="", decay="none", batch_size=64, steps=7000),
-    "sngan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=1, ema=0.999, diffaugment="translation", decay="linear", batch_size=64, steps=7000),
+    "sngan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=1, ema=0.999, diffaugment="translation", decay="linear", batch_size=16, steps=28000),
     "acgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=2, ema=0.999, diffaugment="", decay="linear", batch_size=32, steps=6000),
 }
 
@@ -286,7 +286,7 @@ def update_ema(ema, model, step, decay):
 
 @torch.no_grad()
 def recalibrate(args, ema):
-    """Gives the averaged generator BatchNorm statistics of its own, over ten batches; copied ones belong to other weights (standing statistics, 1809.11096)."""
+    """Gives the averaged generator BatchNorm statistics of its own, over ten batches of 100; copied ones belong to other weights (standing statistics, 1809.11096)."""
     for module in ema.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
@@ -294,7 +294,7 @@ def recalibrate(args, ema):
     noise = torch.Generator().manual_seed(args.seed)  # training's random numbers stay as they are
     ema.train()
     for _ in range(10):
-        z, y = torch.randn(args.batch_size, Z, generator=noise), torch.randint(DIGITS, (args.batch_size,), generator=noise)
+        z, y = torch.randn(100, Z, generator=noise), torch.randint(DIGITS, (100,), generator=noise)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             ema(z.to(args.device), y.to(args.device))
     ema.eval()
@@ -335,7 +335,7 @@ def g_step(args, g, d, optim):
         logits, digits = d(diffaugment(g(torch.randn(b, Z, device=args.device), y).float(), args.diffaugment))
         loss = g_loss(args.method, logits.float())
         if y is not None:
-            loss = loss + F.cross_entropy(digits.float(), y)
+            loss = loss + 10 * F.cross_entropy(digits.float(), y)  # weight 1 leaves one digit in twenty unreadable
     optim.zero_grad()
     loss.backward(inputs=list(g.parameters()))
     average_gradients(g, args)
