@@ -42,7 +42,7 @@ PRESETS = {
     "dcgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=1, ema=0.0, diffaugment="", decay="none", batch_size=64, steps=7000),
     "wgangp": dict(lr=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9, n_critic=5, g_updates=1, ema=0.0, diffaugment="", decay="none", batch_size=64, steps=7000),
     "sngan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=1, ema=0.999, diffaugment="translation", decay="linear", batch_size=16, steps=28000),
-    "acgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=2, ema=0.999, diffaugment="", decay="linear", batch_size=32, steps=6000),
+    "acgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=2, ema=0.999, diffaugment="translation", decay="linear", batch_size=32, steps=10000),
 }
 
 
@@ -72,10 +72,11 @@ class Generator(nn.Module):
         self.main = nn.Sequential(
             up(Z, 512, 1, 0),  # (B, 512, 4, 4)
             up(512, 256), up(256, 128), up(128, 64),  # (B, 64, 32, 32)
-            nn.ConvTranspose2d(64, 3, 4, 2, 1, bias=False), nn.Tanh())  # (B, 3, 64, 64)
+            nn.ConvTranspose2d(64, 3, 4, 2, 1, bias=False))  # (B, 3, 64, 64)
+        self.register_buffer("gain", torch.ones(()))  # 1 while it trains; recalibrate() sets that of the averaged generator
 
     def forward(self, z, y=None):
-        return self.main(z[:, :, None, None])
+        return torch.tanh(self.gain * self.main(z[:, :, None, None]))
 
 
 class DigitGenerator(nn.Module):
@@ -285,19 +286,28 @@ def update_ema(ema, model, step, decay):
 
 
 @torch.no_grad()
-def recalibrate(args, ema):
-    """Gives the averaged generator BatchNorm statistics of its own, over ten batches of 100; copied ones belong to other weights (standing statistics, 1809.11096)."""
+def recalibrate(args, ema, spread):
+    """Gives the averaged generator what training does not, from ten batches of 100: BatchNorm statistics of its own, as copied ones belong
+    to other weights (standing statistics, 1809.11096), and for faces the contrast of the training images. spread: theirs, the mean over pixels of
+    the standard deviation over images in [-1, 1]. D cannot teach contrast: without bias before its BatchNorm, a batch of x and one of 2 x have the same logits."""
+    if args.method != "acgan":
+        ema.gain.fill_(1)
     for module in ema.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None  # a plain average
     noise = torch.Generator().manual_seed(args.seed)  # training's random numbers stay as they are
     ema.train()
+    x = []
     for _ in range(10):
         z, y = torch.randn(100, Z, generator=noise), torch.randint(DIGITS, (100,), generator=noise)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-            ema(z.to(args.device), y.to(args.device))
+            x.append(ema(z.to(args.device), y.to(args.device)))
     ema.eval()
+    if args.method != "acgan":
+        x = torch.cat(x).float().atanh()
+        for _ in range(10):
+            ema.gain.mul_(spread / torch.tanh(ema.gain * x).std(0).mean()).clamp_(0.5, 2)
 
 
 def d_step(args, g, d, optim, images, labels, p):
@@ -327,7 +337,7 @@ def d_step(args, g, d, optim, images, labels, p):
     return torch.stack([loss.detach() + gradient_check(d), show(real_logits.detach().float()).mean(), show(fake_logits.detach().float()).mean()])
 
 
-def g_step(args, g, d, optim):
+def g_step(args, g, d, optim, p):
     """G step: make D take generated images for real, and for acgan read the digit that was asked for. Returns the loss."""
     b = args.batch_size // args.world
     y = torch.randint(DIGITS, (b,), device=args.device) if args.method == "acgan" else None
@@ -335,7 +345,7 @@ def g_step(args, g, d, optim):
         logits, digits = d(diffaugment(g(torch.randn(b, Z, device=args.device), y).float(), args.diffaugment))
         loss = g_loss(args.method, logits.float())
         if y is not None:
-            loss = loss + F.cross_entropy(digits.float(), y)
+            loss = loss + (1 + 9 * p ** 3) * F.cross_entropy(digits.float(), y)  # 10 from the start: digits of a class become alike
     optim.zero_grad()
     loss.backward(inputs=list(g.parameters()))
     average_gradients(g, args)
@@ -372,6 +382,7 @@ def train(args):
         claim_checkpoint(path, args.resume)
     images, labels = (v.to(args.device) for v in load_digits(args.data, "mnistm", "train")) if args.method == "acgan" else (load_faces(args.data, "train").to(args.device), None)
     args.images = [len(images), images.sum().item()]  # --resume asks for the same
+    spread = images[::max(len(images) // 1000, 1)].float().std(0).mean() / 127.5
     torch.manual_seed(args.seed)
     (g, d), (ema, _) = build(args), build(args)
     ema.load_state_dict(g.state_dict())
@@ -394,14 +405,14 @@ def train(args):
             step += 1
             if step % args.n_critic == 0:
                 for _ in range(args.g_updates):
-                    loss_g = g_step(args, g, d, optim_g)
+                    loss_g = g_step(args, g, d, optim_g, p)
                 update_ema(ema, g, step // args.n_critic, args.ema)
             total, count = total + torch.cat([parts[:1], loss_g[None], parts[1:]]), count + 1
             bar.update()
             done, due, keep = step == args.steps or any_process(stop, args), time.perf_counter() - saved > 120, args.keep and step % args.keep == 0
             show = step % 500 == 0 or done
             if args.ema and (due or keep or show):
-                recalibrate(args, ema)
+                recalibrate(args, ema, spread)
             if step % min(100, max(10, args.steps // 20)) == 0 or done or due or keep:
                 mean, now = (total / count).tolist(), seconds + time.perf_counter() - start
                 if not all(map(math.isfinite, mean)):

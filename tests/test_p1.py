@@ -130,7 +130,7 @@ def test_d_step_augments_real_and_generated_images_alike(monkeypatch):
     seen, optim = [], torch.optim.SGD(d.parameters(), 0.0)
     monkeypatch.setattr(p1, "diffaugment", lambda x, policy: seen.append((policy, x.requires_grad)) or x)
     p1.d_step(args, g, d, optim, torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), None, 0.0)
-    p1.g_step(args, g, d, torch.optim.SGD(g.parameters(), 0.0))
+    p1.g_step(args, g, d, torch.optim.SGD(g.parameters(), 0.0), 0.0)
     assert seen == [("translation", False), ("translation", False), ("translation", True)]
 
 
@@ -145,6 +145,19 @@ def test_ema():
         assert torch.equal(value, g.state_dict()[name])  # statistics are copied, not averaged
     p1.update_ema(ema, g, 5, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(ema.parameters(), g.parameters()))
+
+
+def test_contrast_is_set_after_training_as_batch_norm_hides_it_from_d():
+    """The logits of a batch do not change when all its images lose half of their contrast; recalibrate() gives generated images the training images' spread."""
+    torch.manual_seed(0)
+    args = p1.parse_args(["--method", "sngan", "--device", "cpu"])
+    g, d = p1.build(args)
+    x = torch.rand(8, 3, 64, 64) * 2 - 1
+    with torch.no_grad(), p1.parametrize.cached():  # one power iteration for all calls
+        assert torch.allclose(d(x)[0], d(x / 2)[0], atol=1e-3)
+        assert not torch.allclose(d(x)[0], d(x.square() - 1)[0], atol=0.1)
+        p1.recalibrate(args, g, torch.tensor(0.2))  # 0.14 before
+        assert g(torch.randn(300, 100)).std(0).mean().item() == pytest.approx(0.2, rel=0.05)
 
 
 def test_learning_rate_decay():
