@@ -68,7 +68,7 @@ for problem in "${problems[@]}"; do
   case $problem in
     p1)
       for method in ${faces:+dcgan ${in:+wgangp} sngan} acgan; do
-        train "$out/p1_$method.pt" p1_gan.py --method "$method" $(quick --batch-size 16 --steps 300)
+        train "$out/p1_$method.pt" p1_gan.py --method "$method" $(quick --batch-size 16 --steps 200)
         run python3 "$here/p1_gan.py" --mode sample --ckpt "$out/p1_$method.pt" --method "$method" --out "$out/p1_$method"
         if [ -n "$in" ]; then
           run python3 "$here/p1_gan.py" --mode eval --method "$method" --ckpt "$out/p1_$method.pt" --input "$out/p1_$method" --data "$in" --out "$out/p1_$method.json"
