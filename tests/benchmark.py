@@ -51,7 +51,7 @@ def p1(options):
             for step in range(args.n_critic):
                 p1.d_step(args, g, d, optim_d, *((digits, labels) if method == "acgan" else (faces, None)), 0.5)
             for _ in range(args.g_updates):
-                p1.g_step(args, g, d, optim_g, 0.0)
+                p1.g_step(args, g, d, optim_g, 0.5)
         return steps, args.n_critic * args.batch_size
 
     print("\n| training | float32 images/s | bf16 images/s | gain |\n|---|---|---|---|")
