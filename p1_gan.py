@@ -345,7 +345,7 @@ def g_step(args, g, d, optim, p):
         logits, digits = d(diffaugment(g(torch.randn(b, Z, device=args.device), y).float(), args.diffaugment))
         loss = g_loss(args.method, logits.float())
         if y is not None:
-            loss = loss + (1 + 9 * p ** 3) * F.cross_entropy(digits.float(), y)  # 10 from the start: digits of a class become alike
+            loss = loss + (1 + 29 * p ** 3) * F.cross_entropy(digits.float(), y)  # a large weight from the start: digits of a class become alike
     optim.zero_grad()
     loss.backward(inputs=list(g.parameters()))
     average_gradients(g, args)
