@@ -38,7 +38,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import scipy.special
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 from torchvision.models import inception
@@ -124,13 +124,9 @@ def write_cache(path, **arrays):
     """Writes an .npz, whole or not at all; a read-only home or a full disk is no error: the cache only saves time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as f:
-            try:
-                np.savez(f, **arrays)
-                os.replace(f.name, path)
-            except BaseException:
-                os.unlink(f.name)
-                raise
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            np.savez(f"{folder}/cache.npz", **arrays)
+            os.replace(f"{folder}/cache.npz", path)
     except OSError:
         pass
 
@@ -153,8 +149,7 @@ def read_folder(folder, names, size):
             return torch.from_numpy(images)
     except Exception:
         pass  # no cache yet, or a damaged one (numpy and zipfile raise many types): decode again
-    images = np.stack([read_image(folder / name, size) for name in names]).transpose(0, 3, 1, 2)
-    images = np.ascontiguousarray(images)
+    images = np.ascontiguousarray(np.stack([read_image(folder / name, size) for name in names]).transpose(0, 3, 1, 2))
     write_cache(cache, images=images)
     return torch.from_numpy(images)
 
@@ -175,7 +170,7 @@ def read_csv(path, folder):
     missing = {"image_name", "label"} - set(rows[0][1])
     if missing:
         fail(f"{path}: no column {' and '.join(sorted(missing))}; found {','.join(map(str, rows[0][1]))}, expected image_name,label")
-    present = set(os.listdir(folder)) if Path(folder).is_dir() else fail(f"{folder}: no such folder (images of {path})")
+    present = set(os.listdir(folder))
     names, labels = [], []
     for number, row in rows:
         name, label = row["image_name"], (row["label"] or "").strip()
@@ -235,7 +230,7 @@ def load_digits(root, domain, split):
                 return read_folder(base / folder, names, (28, 28)), torch.tensor(labels)
     try:
         return torchvision_digits(root, domain, split)
-    except (RuntimeError, FileNotFoundError):  # torchvision's "Dataset not found"
+    except FileNotFoundError:  # nothing of it is there
         parts = {"mnistm": "MNIST/raw with BSDS500 or other *.jpg photographs", "svhn": f"{other}_32x32.mat", "usps": "usps.bz2, usps.t.bz2"}
         fail(f"--data {root}: no {domain} {split} images; looked for digits/{domain}/{split}.csv with data/ (2022, 2023), "
              f"digits/{domain}/{other}.csv with {other}/ (2021), {parts[domain]} (torchvision)")
@@ -244,7 +239,7 @@ def load_digits(root, domain, split):
 
 
 def torchvision_digits(root, domain, split, photographs=None):
-    """`load_digits` from the files that torchvision.datasets downloads, MNIST-M's photographs in another folder if given; RuntimeError or FileNotFoundError if they are not there."""
+    """`load_digits` from the files that torchvision.datasets downloads, MNIST-M's photographs in another folder if given; FileNotFoundError if they are not there."""
     import scipy.io
     from torchvision import datasets
     train = split == "train"
@@ -259,19 +254,16 @@ def torchvision_digits(root, domain, split, photographs=None):
     if domain == "usps":
         data = datasets.USPS(str(root), train=train)
         grey = torch.from_numpy(data.data)[:, None].float()
-        return to_rgb(F.interpolate(grey, (28, 28), mode="bilinear").round().byte()), torch.tensor(data.targets)
+        return F.interpolate(grey, (28, 28), mode="bilinear").round().byte().repeat(1, 3, 1, 1), torch.tensor(data.targets)
+    if not (root / "MNIST" / "raw").is_dir():
+        raise FileNotFoundError(f"no {root / 'MNIST' / 'raw'}")
     data = datasets.MNIST(str(root), train=train)
     folder = photographs or root
     files = sorted(folder.glob("BS[DR]*/**/*.jpg")) or sorted(p for p in folder.rglob("*.jpg") if "celeba" not in str(p.relative_to(folder)))
     photographs = [p for p in map(read_image, files) if min(p.shape[:2]) >= 28]
     if not photographs:
-        raise RuntimeError("no photographs")
+        raise FileNotFoundError("no photographs")
     return blend(data.data, photographs, seed=int(train)), data.targets
-
-
-def to_rgb(grey):
-    """(N, 1, H, W) -> (N, 3, H, W)."""
-    return grey.expand(-1, 3, -1, -1).contiguous()
 
 
 def blend(digits, photographs, seed):
@@ -400,10 +392,7 @@ def write_faces(folder, paths):
     for name, part in zip(("train", "val", "test"), parts):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for i in part:
-            image = Image.fromarray(read_image(paths[i]))
-            side, rest = min(image.size), abs(image.height - image.width)
-            box = (0, rest // 2, side, rest // 2 + side) if image.height >= image.width else (rest // 2, 0, rest // 2 + side, side)
-            image.resize((64, 64), Image.Resampling.LANCZOS, box).save(folder / name / f"{number:05d}.png")
+            ImageOps.fit(Image.fromarray(read_image(paths[i])), (64, 64), Image.Resampling.LANCZOS).save(folder / name / f"{number:05d}.png")
             number += 1
     return [len(part) for part in parts]
 
@@ -437,7 +426,7 @@ def builtin_digits(domain, split):
     big = F.interpolate(digits, (56, 56), mode="bicubic", align_corners=False).clamp(0, 255)
     digits = F.grid_sample(big, F.affine_grid(affine, (n, 1, side, side), align_corners=False), align_corners=False)
     if domain == "usps":
-        return to_rgb(F.interpolate(digits, (28, 28), mode="bilinear").round().byte()), labels
+        return F.interpolate(digits, (28, 28), mode="bilinear").round().byte().repeat(1, 3, 1, 1), labels
     return blend((digits[:, 0] * 1.3).clamp(0, 255).byte(), photographs, seed), labels
 
 
@@ -648,7 +637,7 @@ def load_inception(path, device):
         net.load_state_dict(state)
     except Exception as e:  # torch.load and the network raise many types
         if path is not None:
-            fail(f"--inception {path}: not a state dict of pytorch-fid's Inception network ({str(e).splitlines()[0][:100]})")
+            fail(f"--inception {path}: not a state dict of pytorch-fid's Inception network ({type(e).__name__}: {str(e)[:100].split(chr(10))[0]})")
         print(f"note: {INCEPTION} cannot be downloaded here; give the file with --inception. Without it there is no FID, only fd_random", file=sys.stderr)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -704,23 +693,23 @@ def frechet_distance(features, mean, covariance):
     return float(((features.mean(0) - mean) ** 2).sum() + (centred**2).sum() + np.trace(covariance) - 2 * np.sqrt(eigenvalues).sum())
 
 
-def kernel_distance(x, y, most=5000, seed=0):
-    """KID (1801.01401): unbiased MMD^2 with the kernel (x.y / D + 1)^3 of features (N, D) and (M, D), of random `most` where there are more: (value, standard error).
+def kernel_distance(x, y):
+    """KID (1801.01401): unbiased MMD^2 with the kernel (x.y / D + 1)^3 of features (N, D) and (M, D), of random 5000 where there are more: (value, standard error).
 
     The error is that of the U-statistic's linear part: each image's mean kernel with its own set less that with the other (as in 1611.04488, there for sets of one size).
     """
-    rng = np.random.default_rng(seed)
-    x, y = (v[rng.permutation(len(v))[:most]] for v in (x, y))
+    rng = np.random.default_rng(0)
+    x, y = (v[rng.permutation(len(v))[:5000]] for v in (x, y))
     xx, yy, xy = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
     own_x, own_y = ((k.sum(1) - k.diagonal()) / (len(k) - 1) for k in (xx, yy))
     error = 2 * np.sqrt(np.var(own_x - xy.mean(1), ddof=1) / len(x) + np.var(own_y - xy.mean(0), ddof=1) / len(y))
     return float(own_x.mean() + own_y.mean() - 2 * xy.mean()), float(error)
 
 
-def inception_score(probabilities, splits=10):
+def inception_score(probabilities):
     """exp of the mean KL(p(y|x) || p(y)) over consecutive tenths, (mean, standard deviation) (1606.03498); 1 to the number of classes; fewer than 10 images: one each."""
     scores = []
-    for part in np.array_split(probabilities, min(splits, len(probabilities))):
+    for part in np.array_split(probabilities, min(10, len(probabilities))):
         scores.append(np.exp(scipy.special.rel_entr(part, part.mean(0)).sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
@@ -805,12 +794,11 @@ def score_images(generated, reference, weights=None, device="cpu", out=None):
 
 def save_grid(path, images, rows, columns, title, scale=1.0):
     """Labelled picture grid as PNG. images: uint8 (len(rows), len(columns), 3, H, W); scale: inches per image / 0.6."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     images = F.pad(images, (1, 1, 1, 1), value=255)  # a white gap between the images
     r, c, _, h, w = images.shape
-    fig, ax = plt.subplots(figsize=(0.6 * scale * c + 1.0, 0.6 * scale * r + 0.9), dpi=150)
+    fig = Figure(figsize=(0.6 * scale * c + 1.0, 0.6 * scale * r + 0.9), dpi=150)
+    ax = fig.subplots()
     ax.imshow(images.permute(0, 3, 1, 4, 2).reshape(r * h, c * w, 3).numpy(), interpolation="nearest")
     ax.set_xticks([w * (i + 0.5) for i in range(c)], columns)
     ax.set_yticks([h * (i + 0.5) for i in range(r)], rows)
@@ -818,40 +806,34 @@ def save_grid(path, images, rows, columns, title, scale=1.0):
     ax.spines[:].set_visible(False)
     ax.set_title(title, fontsize=9)
     fig.savefig(path, bbox_inches="tight")
-    plt.close(fig)
 
 
 def save_curves(path, csv_path, columns, title, yscale="log"):
     """Line plot over `step` of the named columns of a log.csv, one curve each, as PNG; yscale: log or linear."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     log = np.atleast_1d(np.genfromtxt(csv_path, delimiter=",", names=True))
-    fig, ax = plt.subplots(figsize=(6, 3.2), dpi=150)
+    fig = Figure(figsize=(6, 3.2), dpi=150)
+    ax = fig.subplots()
     for column in columns:
         ax.plot(log["step"], log[column], label=column, marker="." if log.size < 3 else None)
     ax.set(xlabel="step", title=title, yscale=yscale)
     ax.legend()
     fig.tight_layout()
     fig.savefig(path)
-    plt.close(fig)
 
 
 def save_scatter(path, points, groups, names, title):
     """Scatter plot as PNG: points (N, 2), groups (N,) indices into `names`, one colour each."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(6, 5.4), dpi=150)
-    colours, order = plt.get_cmap("tab10"), np.random.default_rng(0).permutation(len(points))  # shuffled: no group covers another
-    ax.scatter(*points[order].T, s=5, alpha=0.7, linewidths=0, c=colours(groups[order]))
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(6, 5.4), dpi=150)
+    ax, order = fig.subplots(), np.random.default_rng(0).permutation(len(points))  # shuffled: no group covers another
+    ax.scatter(*points[order].T, s=5, alpha=0.7, linewidths=0, c=[f"C{group}" for group in groups[order]])
     for group, name in enumerate(names):
-        ax.scatter([], [], s=5, color=colours(group), label=name)
+        ax.scatter([], [], s=5, color=f"C{group}", label=name)
     ax.set(xticks=[], yticks=[], title=title)
     ax.title.set_size(9)
     ax.legend(markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     fig.savefig(path, bbox_inches="tight")
-    plt.close(fig)
 
 
 # ------------------------------------------------------------------ report
@@ -980,7 +962,7 @@ def main():
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1))
     except OSError as e:  # a full disk, a folder without permission, a file in a folder's place
-        fail(f"{e.filename}: {e.strerror or e}")
+        fail(f"{e.filename or args.command}: {e.strerror or e}")
     except KeyboardInterrupt:
         raise SystemExit(130)
 

@@ -381,6 +381,8 @@ def train(args):
     if args.rank == 0:
         claim_checkpoint(path, args.resume)
     images, labels = (v.to(args.device) for v in load_digits(args.data, "mnistm", "train")) if args.method == "acgan" else (load_faces(args.data, "train").to(args.device), None)
+    if len(images) < 2:
+        fail(f"--data {args.data}: one training image, expected two or more")
     args.images = [len(images), images.sum().item()]  # --resume asks for the same
     spread = images[::max(len(images) // 1000, 1)].float().std(0).mean() / 127.5
     torch.manual_seed(args.seed)
@@ -465,10 +467,10 @@ def latents(keys, seed):
 
 @torch.inference_mode()
 def generate(model, z, y=None):
-    """Latents (N, 100) and, for acgan, digits (N,) -> uint8 (N, 3, H, W) on the CPU, in float32: an image depends on its latent and digit alone."""
+    """Latents (N, 100) and, used by acgan alone, digits (N,) -> uint8 (N, 3, H, W) on the CPU, in float32: an image depends on its latent and digit alone."""
     device = next(model.parameters()).device
     x = model(z.to(device), None if y is None else y.to(device))
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    return ((x + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def sample(args):
@@ -491,8 +493,7 @@ def sample(args):
     start = time.perf_counter()
     for i in tqdm(range(0, len(keys), 100), desc="sample", unit="batch"):
         batch = keys[i:i + 100]
-        y = torch.tensor([digit for digit, _ in batch]) if method == "acgan" else None
-        for name, image in zip(names[i:i + 100], generate(model, latents(batch, args.seed), y)):
+        for name, image in zip(names[i:i + 100], generate(model, latents(batch, args.seed), torch.tensor([key[0] for key in batch]))):
             write_png(out / name, image)
     print(f"{len(keys)} images in {out}: {time.perf_counter() - start:.1f} s, {method}")
 
@@ -511,15 +512,13 @@ def write_png(path, image):
 def tile(images, columns):
     """uint8 (N, 3, H, W) -> one picture (3, H', W') with `columns` images in a row."""
     from torchvision.utils import make_grid
-    return make_grid(images, columns, padding=2, pad_value=255)
+    return make_grid(images, columns, pad_value=255)
 
 
 def sample_grid(model, method, seed):
     """32 faces, or 10 digits of each class, of the same latents every time, as one picture (3, H, W)."""
-    acgan = method == "acgan"
-    keys = [(digit, number) for digit in range(DIGITS) for number in range(1, 11)] if acgan else [(number,) for number in range(32)]
-    y = torch.tensor([digit for digit, _ in keys]) if acgan else None
-    return tile(generate(model, latents(keys, seed), y), 10 if acgan else 8)
+    columns, keys = (10, [(digit, number) for digit in range(DIGITS) for number in range(1, 11)]) if method == "acgan" else (8, [(number,) for number in range(32)])
+    return tile(generate(model, latents(keys, seed), torch.tensor([key[0] for key in keys])), columns)
 
 
 # ------------------------------------------------------------------ evaluate and plots
@@ -545,6 +544,8 @@ def grid(args):
     """For each --ckpt first_<name>.png (32 faces, 100 digits), network_<name>.txt, side by side compare.png where there are two or more, interpolation_<name>.png and training_<name>.png, into --out."""
     from common import save_curves
     out, firsts = Path(args.out), []
+    if len({Path(path).stem for path in args.ckpt}) < len({Path(path).resolve() for path in args.ckpt}):
+        fail(f"--ckpt {' '.join(args.ckpt)}: files of one name in different folders, whose pictures would overwrite each other; rename one")
     for path in args.ckpt:
         model, method = load_model(path, args)
         name = Path(path).stem
@@ -553,8 +554,7 @@ def grid(args):
         ends, w = latents([(number,) for number in range(8)], args.seed), torch.linspace(0, 1, 9)[:, None, None]
         angle = torch.acos(F.cosine_similarity(ends[0::2], ends[1::2]))[:, None]
         path_z = (torch.sin((1 - w) * angle) * ends[0::2] + torch.sin(w * angle) * ends[1::2]) / torch.sin(angle)  # (9, 4, 100), slerp
-        y = torch.arange(4).repeat_interleave(9) if method == "acgan" else None
-        write_png(out / f"interpolation_{name}.png", tile(generate(model, path_z.transpose(0, 1).reshape(-1, Z), y), 9))
+        write_png(out / f"interpolation_{name}.png", tile(generate(model, path_z.transpose(0, 1).reshape(-1, Z), torch.arange(4).repeat_interleave(9)), 9))
         nets = build(argparse.Namespace(method=method, device="cpu"))
         (out / f"network_{name}.txt").write_text("\n".join(f"{sum(p.numel() for p in net.parameters()):,} parameters\n{net}" for net in nets) + "\n")
         log = Path(path).with_suffix(".log.csv")

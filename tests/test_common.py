@@ -125,6 +125,12 @@ def test_bad_folders(course, tmp_path, error):
         assert all(part in message for part in (f"digits/{domain}/val.csv", f"digits/{domain}/test.csv", file))
     (root / "usps.bz2").write_bytes(b"damaged")
     assert "usps files of the torchvision layout are damaged" in error(common.load_digits, root, "usps", "train")
+    write_idx(root / "MNIST" / "raw", "t10k", np.zeros((2, 28, 28), np.uint8), np.arange(2))
+    images = root / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-1])
+    base.rename(base.with_name("elsewhere"))
+    assert "mnistm files of the torchvision layout are damaged" in error(common.load_digits, root, "mnistm", "val")
+    base.with_name("elsewhere").rename(base)
     write_csv(base / "train.csv", rows, ("image_name", "digit"))
     assert "no column label" in error(load)
     write_csv(base / "train.csv", [])

@@ -154,3 +154,5 @@ def test_bad_input(weights, folders, tmp_path, error):
     assert "expected 6726825d" in error(common.load_inception, named, "cpu")
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
     assert "not a state dict" in error(common.load_inception, tmp_path / "other.pth", "cpu")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    assert "not a state dict" in error(common.load_inception, tmp_path / "empty.pth", "cpu")

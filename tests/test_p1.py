@@ -280,6 +280,12 @@ def test_bad_checkpoints_and_folders(ckpt, tmp_path, error):
     assert str(tmp_path / "file") in message(ckpt, "--out", str(tmp_path / "file"))
     assert "looked for" in error(p1.main, ["--mode", "train", "--data", str(tmp_path), "--ckpt", str(tmp_path / "new.pt")])
     assert not (tmp_path / "out").exists() and not (tmp_path / "new.pt").exists()
+    (tmp_path / "other").mkdir()
+    other = shutil.copy(ckpt, tmp_path / "other")
+    assert "would overwrite each other" in error(p1.main, ["--mode", "grid", "--ckpt", str(ckpt), str(other), "--out", str(tmp_path / "out")])
+    (tmp_path / "face" / "train").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "face" / "train" / "1.png")
+    assert "two or more" in error(p1.main, ["--mode", "train", "--data", str(tmp_path), "--ckpt", str(tmp_path / "new.pt")])
 
 
 def test_nan_stops_the_run(tmp_path, capsys):
