@@ -266,7 +266,7 @@ def ddpm(denoise, x, alpha_bar, noise):
 
 def time_steps(T, steps):
     """`steps` times from T - 1 down to 0, evenly spaced and rounded."""
-    return np.linspace(T - 1, 0, steps).round().astype(int).tolist() if steps > 1 else [T - 1]
+    return np.linspace(T - 1, 0, steps).round().astype(int).tolist()
 
 
 def ddim(denoise, x, alpha_bar, steps, eta=0.0, noise=None):
@@ -614,6 +614,8 @@ def parse_args(argv=None):
         fail(f"--width {args.width}: expected a multiple of 8")
     if args.guidance_interval[0] > args.guidance_interval[1]:
         fail(f"--guidance-interval {args.guidance_interval}: expected LO <= HI")
+    if args.eta and args.sampler != "ddim":
+        fail(f"--eta {args.eta} with --sampler {args.sampler}: eta is DDIM's; pass --sampler ddim")
     args.steps = args.steps or (1600 if args.fast else 24000)
     args.batch_size = args.batch_size or (100 if args.mode != "train" else 32 if args.fast else 64)
     args.ckpt = args.ckpt or f"checkpoints/p2_diffusion_{args.arch}.pt"

@@ -41,6 +41,7 @@ except ImportError:  # the file copied alone runs without progress bars
             self.update = self.close = self.set_postfix = lambda *_, **__: None
 
 T = 1000
+LAST = 40  # dpm_solver's `last` with one's own network: of 0, 20, 40 and 60 it has the lowest Frechet distance at 64x64 (228, 180, 169 and 171, 500 faces)
 
 
 def fail(message, code=2):
@@ -71,13 +72,12 @@ class ResBlock(nn.Module):
         self.norm1, self.conv1 = nn.GroupNorm(32, c_in), conv3x3(c_in, c_out)
         self.time = nn.Sequential(nn.SiLU(), init(nn.Linear(c_time, c_out)))
         self.norm2, self.dropout, self.conv2 = nn.GroupNorm(32, c_out), nn.Dropout(dropout), conv3x3(c_out, c_out, scale=1e-10)
-        if c_in != c_out:
-            self.skip = init(nn.Conv2d(c_in, c_out, 1))
+        self.skip = init(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out else nn.Identity()
 
     def forward(self, x, time):
         h = self.conv1(F.silu(self.norm1(x))) + self.time(time)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (self.skip(x) if hasattr(self, "skip") else x)
+        return h + self.skip(x)
 
 
 class Attention(nn.Module):
@@ -100,12 +100,10 @@ class Block(nn.Module):
     def __init__(self, c_in, c_out, c_time, dropout, attention=False):
         super().__init__()
         self.resblocks = ResBlock(c_in, c_out, c_time, dropout)
-        if attention:
-            self.attention = Attention(c_out)
+        self.attention = Attention(c_out) if attention else nn.Identity()
 
     def forward(self, x, time):
-        x = self.resblocks(x, time)
-        return self.attention(x) if hasattr(self, "attention") else x
+        return self.attention(self.resblocks(x, time))
 
 
 def init(layer, scale=1.0):
@@ -173,16 +171,11 @@ def make_alpha_bar():
 
 
 def slerp(a, b, weight):
-    """Spherical interpolation on the whole flattened tensor; 0 gives a, 1 gives b; parallel ones as lerp."""
+    """Spherical interpolation on the whole flattened tensor; 0 gives a, 1 gives b; parallel ones as torch.lerp, which lets the norm fall to 0.7 of theirs between two normal noises."""
     theta = torch.acos(((a * b).sum() / (a.norm() * b.norm())).clamp(-1, 1))
-    if theta.sin() < 1e-6:
-        return lerp(a, b, weight)
+    if not theta.sin() > 1e-6:  # nan for a tensor of zeros
+        return torch.lerp(a, b, weight)
     return torch.sin((1 - weight) * theta) / torch.sin(theta) * a + torch.sin(weight * theta) / torch.sin(theta) * b
-
-
-def lerp(a, b, weight):
-    """Linear interpolation: between two normal noises its norm falls to 0.7 of theirs, which the network never saw."""
-    return (1 - weight) * a + weight * b
 
 
 def diffusion_loss(model, x0, alpha_bar, gamma):
@@ -260,14 +253,12 @@ def dpm_solver(eps_model, x, alpha_bar, steps, last=0):
     a, s = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
     lambda_ = [math.log(p / q) for p, q in zip(a, s)]
     before = None  # (h, x0) of the step before
-    for t, t_next in zip(times, [*times[1:], None]):
-        x0 = predict_x0(x, eps_model(x, t), a[t] ** 2)
-        if t_next is None:
-            return x0
-        h = lambda_[t_next] - lambda_[t]
+    for t, t_next in zip(times, times[1:]):
+        x0, h = predict_x0(x, eps_model(x, t), a[t] ** 2), lambda_[t_next] - lambda_[t]
         d = x0 if before is None else x0 + (x0 - before[1]) * h / (2 * before[0])
         x = s[t_next] / s[t] * x - a[t_next] * math.expm1(-h) * d
         before = h, x0
+    return predict_x0(x, eps_model(x, times[-1]), a[times[-1]] ** 2)
 
 
 def ddpm(eps_model, x, alpha_bar, noise):
@@ -346,7 +337,7 @@ def load_checkpoint(args):
 def resume(args, model, ema, optim):
     """Loads --ckpt into the training state; returns step, seconds and log. Differing settings are refused, not ignored."""
     ckpt = load_checkpoint(args)
-    if not isinstance(ckpt, dict) or "optim" not in ckpt:
+    if not isinstance(ckpt, dict) or {"script", "optim"} - ckpt.keys():
         fail(f"--resume: {args.ckpt} holds a network alone, without the state of training; give another --ckpt")
     differ = [f"{k} {getattr(args, k)} (checkpoint: {ckpt['args'][k]})" for k in NETWORK + TRAINING if getattr(args, k) != ckpt["args"][k]]
     if differ:
@@ -448,7 +439,7 @@ def load_model(args):
     else:
         args.size, args.bf16, model = args.size or 256, False, UNet()
     wanted = {name: value.shape for name, value in model.state_dict().items()}
-    found = {name: value.shape for name, value in state.items() if isinstance(value, torch.Tensor)} if isinstance(state, dict) else {}
+    found = {name: getattr(value, "shape", None) for name, value in state.items()} if isinstance(state, dict) else {}
     for what, names in (("missing", wanted.keys() - found.keys()), ("unknown", found.keys() - wanted.keys()),
                         ("of another shape", {n for n in wanted.keys() & found.keys() if wanted[n] != found[n]})):
         if names:
@@ -526,13 +517,8 @@ def generate(model, noises, args, eta=0.0, numbers=None):
         if args.sampler == "ddim":
             x = ddim(eps_model, x, alpha_bar, args.sample_steps, eta, noise)
         else:
-            x = dpm_solver(eps_model, x, alpha_bar, args.sample_steps, last_time(args)) if args.sampler == "dpm++" else ddpm(eps_model, x, alpha_bar, noise)
+            x = dpm_solver(eps_model, x, alpha_bar, args.sample_steps, LAST * args.own) if args.sampler == "dpm++" else ddpm(eps_model, x, alpha_bar, noise)
         yield to_uint8(x, min_max=not args.own)
-
-
-def last_time(args):
-    """dpm_solver's `last`: of 0, 20, 40 and 60, 40 has the lowest Frechet distance with the README's 64x64 network (228, 180, 169 and 171, 500 faces)."""
-    return 40 if args.own else 0
 
 
 def batch_size(args, images):
@@ -552,13 +538,13 @@ def sample(args):
     written = iter(numbers)
     for images in generate(model, noises[args.rank::args.world], args, args.eta[0], numbers):
         for image in images:
-            write_png(out / f"{names[next(written)]}.png", image)
+            write(out / f"{names[next(written)]}.png", image)
     print(f"{len(numbers)} images in {out}: {time.perf_counter() - start:.1f} s, {how(args)}")
 
 
 def network_calls(args):
     """How often the sampler calls the network for one image."""
-    return {"ddpm": T, "ddim": len(ddim_times(args.sample_steps)) - 1, "dpm++": len(dpm_times(make_alpha_bar(), args.sample_steps, last_time(args)))}[args.sampler]
+    return {"ddpm": T, "ddim": args.sample_steps, "dpm++": len(dpm_times(make_alpha_bar(), args.sample_steps, LAST * args.own))}[args.sampler]
 
 
 def how(args):
@@ -587,18 +573,23 @@ def invert(args):
         back = to_uint8(ddim(eps_model, noises, alpha_bar, args.sample_steps, clamp=False), min_max=False)
         errors += (back.double() - batch.cpu()).square().mean((1, 2, 3)).tolist()
         for file, noise, image in zip(files[i:i + size], noises, back):
-            save_noise(noise[None], out / f"{file.stem}.pt")
-            write_png(out / f"{file.stem}.png", image)
+            write(out / f"{file.stem}.pt", noise[None])
+            write(out / f"{file.stem}.png", image)
     psnr = [10 * math.log10(255**2 / max(e, 1e-9)) for e in errors]
     print(f"{len(files)} images in {out}: PSNR of the reconstruction {np.mean(psnr):.2f} dB, worst {min(psnr):.2f}, {how(args)}, {args.iterations} iterations")
 
 
-def write_png(path, image):
-    """uint8 (3, H, W) as PNG, whole or not at all."""
+def write(path, data):
+    """A noise as .pt, or an image, uint8 (3, H, W), as .png: whole or not at all; OSError where that fails."""
     temporary = path.with_suffix(".tmp")
     try:
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+        if path.suffix == ".pt":
+            torch.save(data.cpu().clone(), temporary)
+        else:
+            Image.fromarray(data.permute(1, 2, 0).numpy()).save(temporary, "PNG")
         os.replace(temporary, path)
+    except RuntimeError as e:  # what torch.save says of a full disk
+        raise OSError(None, str(e).splitlines()[0], str(path)) from e
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -610,19 +601,7 @@ def write_noise(args):
     if any(path.exists() for path in paths):
         fail(f"--out {args.out}: holds noises already; give another folder")
     for i, path in enumerate(paths):
-        save_noise(torch.randn(1, 3, args.size, args.size, generator=image_noise(args, i)), path)
-
-
-def save_noise(noise, path):
-    """A tensor as file, whole or not at all; OSError where that fails."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        torch.save(noise.cpu().clone(), temporary)
-        os.replace(temporary, path)
-    except RuntimeError as e:
-        raise OSError(None, str(e).splitlines()[0], str(path)) from e
-    finally:
-        temporary.unlink(missing_ok=True)
+        write(path, torch.randn(1, 3, args.size, args.size, generator=image_noise(args, i)))
 
 
 # ------------------------------------------------------------------ evaluate and plots
@@ -667,7 +646,7 @@ def interpolate(args):
     model = load_model(args)
     names, (a, b) = load_noises(args, model, 2)
     weights = [i / 10 for i in range(11)]
-    latents = [[f(a, b, w) for w in weights] for f in (slerp, lerp)]
+    latents = [[f(a, b, w) for w in weights] for f in (slerp, torch.lerp)]
     for name, row in zip(("slerp", "lerp"), latents):
         print(f"norm, {name}: " + "  ".join(f"{x.norm():.1f}" for x in row))
     images = torch.cat([*generate(model, torch.stack([x for row in latents for x in row]), args)])
@@ -692,7 +671,7 @@ def grid(args):
     """Writes first.png (32 images), training.png and network.txt into --out."""
     from common import save_curves, save_grid
     model, out, log = load_model(args), Path(args.out), Path(args.ckpt).with_suffix(".log.csv")
-    images = torch.cat([*generate(model, load_noises(args, model, 32)[1], args)])
+    images = torch.cat([*generate(model, load_noises(args, model, 32)[1], args, args.eta[0])])
     out.mkdir(parents=True, exist_ok=True)
     save_grid(out / "first.png", images.view(4, 8, *images.shape[1:]), [""] * 4, [""] * 8, how(args), scale=1.5)
     (out / "network.txt").write_text(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{model}\n")
@@ -771,6 +750,8 @@ def parse_args(argv=None):
         fail(f"--sample-steps {args.sample_steps}: expected a divisor of {T} from 2 on; DDIM's steps are evenly spaced")
     if args.sampler != "ddim" and (args.mode in ("invert", "eta-grid") or any(args.eta)):
         fail(f"--mode {args.mode} --sampler {args.sampler}: eta and inversion are DDIM's")
+    if any(args.eta) and args.mode in ("invert", "interpolate"):
+        fail(f"--eta {args.eta[0]}: --mode {args.mode} is deterministic; leave --eta out")
     args.out = args.out or {"sample": "samples", "noise": "noise", "invert": "inverted", "eval": None, "mse": None}.get(args.mode, "figures")
     args.rank, args.world = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if "LOCAL_RANK" in os.environ else (0, 1)  # torchrun's
     if args.world > 1 and args.mode not in ("train", "sample"):

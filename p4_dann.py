@@ -502,7 +502,7 @@ def table(args):
     for method, scenario, seed in itertools.product(args.methods, args.scenarios, args.seeds):
         source, target = scenario.split("-")
         run = argparse.Namespace(**{**vars(args), "method": method, "source": source, "target": target, "seed": seed, "ckpt": None})
-        settle(run, args.folder)
+        settle(run, (args.ckpt or ["checkpoints"])[0])
         if Path(run.ckpt[0]).exists():  # one of other settings or data shows now, not after hours of training
             load_training_set(run)
             matching_checkpoint(run)
@@ -551,10 +551,10 @@ def tsne(args):
         digits.append(labels[chosen].numpy())
     points = PCA(min(50, num), random_state=args.seed).fit_transform(np.concatenate(features))
     points = TSNE(random_state=args.seed, init="pca", perplexity=min(30, (2 * num - 1) / 3)).fit_transform(points)
-    out, name = Path(args.out), f"tsne_{args.source}_{args.target}_{settings['training']}"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"network_{settings['training']}.txt").write_text(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{model}\n")
-    title = f"{settings['training']}, {args.source} to {args.target}, {num} val images each"
+    which = settings["training"] if settings["unlabelled"] else f"{settings['training']}-{settings['labelled']}"
+    out, name = Path(args.out), f"tsne_{args.source}_{args.target}_{which}"
+    write_whole(out / f"network_{which}.txt", f"{sum(p.numel() for p in model.parameters()):,} parameters\n{model}\n")
+    title = f"{which}, {args.source} to {args.target}, {num} val images each"
     save_scatter(out / f"{name}_digit.png", points, np.concatenate(digits), [str(d) for d in range(DIGITS)], f"{title}, by digit")
     save_scatter(out / f"{name}_domain.png", points, np.repeat([0, 1], num), [args.source, args.target], f"{title}, by domain")
     print(f"{out}: {name}_digit.png, {name}_domain.png; proxy A-distance {a_distance(*features):.3f}")
@@ -633,15 +633,13 @@ def parse_args(argv=None):
         args.target = args.target or domain_of(args.input)
         if not (args.target or args.ckpt):
             fail(f"--input {args.input}: no part of the path names a domain ({', '.join(DOMAINS)}); pass --target or --ckpt")
-    if args.mode == "table":
-        args.folder = args.ckpt[0] if args.ckpt else "checkpoints"
     if args.ckpt and len(args.ckpt) > 1 and args.mode != "predict":
         fail(f"--ckpt {' '.join(args.ckpt)}: --mode {args.mode} takes one; only predict votes")
     if args.mode != "predict":
         args.target = args.target or ("usps" if args.source != "usps" else "svhn")
-    if args.target:
+    if args.target and args.mode != "table":
         settle(args)
-    args.seeds = list(dict.fromkeys(args.seeds))
+    args.methods, args.scenarios, args.seeds = (list(dict.fromkeys(v)) for v in (args.methods, args.scenarios, args.seeds))
     try:
         args.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
         torch.empty(1, device=args.device)

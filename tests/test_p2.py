@@ -348,7 +348,7 @@ def test_help(capsys):
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--lr", "-1"], ["--guidance", "x"], ["--mode", "fly"], ["--channels", "33"], ["--channels", "32", "32", "32", "32"],
-                                       ["--guidance-interval", "0.2"], ["--guidance-interval", "0.8", "0.2"], ["--lr", "inf"], ["--device", "mps"], ["--num", "0"], ["--sample-steps", "0"], ["--T", "1"], ["--width", "9"], ["--stepz", "5"]])
+                                       ["--guidance-interval", "0.2"], ["--guidance-interval", "0.8", "0.2"], ["--lr", "inf"], ["--device", "mps"], ["--num", "0"], ["--sample-steps", "0"], ["--T", "1"], ["--width", "9"], ["--stepz", "5"], ["--eta", "0.5"]])
 def test_wrong_options(arguments, error):
     assert arguments[0] in error(p2.main, arguments)
 

@@ -158,7 +158,7 @@ def test_slerp_and_lerp():
     assert torch.allclose(p3.slerp(a, b, 0.0), a) and torch.allclose(p3.slerp(a, b, 1.0), b)
     for w in (0.1, 0.5, 0.9):
         assert p3.slerp(a, b, w).norm().item() == pytest.approx(a.norm().item(), rel=1e-9)
-    assert p3.lerp(a, b, 0.5).norm() < 0.75 * a.norm()
+    assert torch.lerp(a, b, 0.5).norm() < 0.75 * a.norm()
     assert torch.allclose(p3.slerp(a, a, 0.5), a) and p3.slerp(a.float(), 1.000001 * a.float(), 0.5).isfinite().all()
 
 
@@ -409,7 +409,8 @@ def test_help(capsys):
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--lr", "-1"], ["--mode", "fly"], ["--size", "36"], ["--mode", "noise", "--size", "100"], ["--channel", "33"], ["--patch", "3"],
-                                       ["--mode", "sample", "--eta", "0", "1"], ["--eta", "2"], ["--sample-steps", "501"], ["--sample-steps", "30"], ["--mode", "invert", "--sampler", "dpm++"], ["--device", "tpu"]])
+                                       ["--mode", "sample", "--eta", "0", "1"], ["--eta", "2"], ["--sample-steps", "501"], ["--sample-steps", "30"], ["--mode", "invert", "--sampler", "dpm++"], ["--device", "tpu"],
+                                       ["--mode", "interpolate", "--eta", "0.5"]])
 def test_wrong_options(arguments, error):
     error(p3.main, arguments)
 
@@ -428,6 +429,8 @@ def test_bad_checkpoints(own, tmp_path, error):
     assert "not a readable" in message(tmp_path / "hostile.pt") and not (tmp_path / "executed").exists()
     torch.save(torch.load(own, weights_only=True)["ema"], tmp_path / "state.pt")
     assert "without the state of training" in error(train, tmp_path / "state.pt", 9, "--resume")
+    torch.save({"optim": {}}, tmp_path / "optim.pt")
+    assert "without the state of training" in error(train, tmp_path / "optim.pt", 9, "--resume")
     (tmp_path / "noise").mkdir()
     torch.save(torch.zeros(1, 3, 18, 16), tmp_path / "noise" / "00.pt")
     assert "found (1, 3, 18, 16) torch.float32" in message(own, "--noise", str(tmp_path / "noise"))
