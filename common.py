@@ -841,7 +841,7 @@ def save_scatter(path, points, groups, names, title):
 STYLE = """body{max-width:62rem;margin:0 auto;padding:1rem;font:16px/1.5 system-ui,sans-serif;color:#222;background:#fff;overflow-wrap:break-word}
 h1,h2{line-height:1.2}h2{border-top:2px solid #ddd;padding-top:1rem}figure{margin:1rem 0;break-inside:avoid}img{max-width:100%;height:auto}figcaption{color:#555}
 .wide{overflow-x:auto}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;vertical-align:top}
-pre{overflow-x:auto;background:#f6f6f6;padding:.6rem;font-size:.8rem}.pass{color:#060}.fail{color:#a00}@media print{pre{white-space:pre-wrap}}"""
+pre{overflow-x:auto;background:#f6f6f6;padding:.6rem;font-size:.8rem}.pass{color:#060}.fail{color:#a00}@media(max-width:40rem){td,th{padding:.2rem .3rem;font-size:.75rem}}@media print{pre{white-space:pre-wrap}}"""
 TITLES = {"p1": "GANs: faces and digits", "p2": "Conditional diffusion on digits", "p3": "DDIM on faces", "p4": "Domain adaptation"}
 CAPTIONS = {"compare": "First 32 images: A (left) and B (right), the same latents", "first": "First images of fixed latents", "interpolation": "Interpolation between latents",
             "training": "Training", "digits": "Ten images of each digit: rows digits, columns noises", "reverse": "Reverse process of the first 0", "guidance": "Guidance weights, the same noise in each column",
@@ -882,7 +882,7 @@ def write_report(out, built_in=False):
             for path in sorted(out.glob(pattern)) if pattern.startswith((problem, "p[12]")) else ():
                 result = json.loads(path.read_text())
                 value = result.get(key)
-                if value is None or not path.name.startswith(problem):
+                if value is None or not path.name.startswith(problem) or key == "is" and result["name"] != "FID":  # another network's classes mean nothing
                     continue
                 value = value[0] if isinstance(value, list) else value
                 label = name.format(path.stem.split("_", 1)[1]) if key != "distance" else f"{result['name']}, {path.stem.split('_', 1)[1]}"
