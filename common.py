@@ -849,7 +849,7 @@ CAPTIONS = {"compare": "First 32 images: A (left) and B (right), the same latent
 # figure, file, key, course's bar, best of the reports and student repositories, whether larger is better
 BARS = [("FID, {}", "p1_*.json", "distance", 27.0, "22.97", False), ("face rate, {}", "p1_*.json", "face_rate", 0.90, "0.922", True), ("inception score, {}", "p1_*.json", "is", None, "", True),
         ("digit accuracy, {}", "p1_acgan.json", "accuracy", 0.80, "0.998", True), ("digit accuracy, {}", "p2_*.json", "accuracy", 0.95, "0.999", True), ("diversity, {}", "p[12]_*.json", "diversity", None, "", True),
-        ("FID, {}", "p3_*.json", "distance", None, "", False), ("face rate, {}", "p3_*.json", "face_rate", None, "", True), ("mean squared error, {}", "p3_*.json", "mse", 20.0, "0.0072", False)]
+        ("FID, {}", "p3_*.json", "distance", None, "", False), ("face rate, {}", "p3_*.json", "face_rate", None, "", True), ("largest mean squared error, {}", "p3_*.json", "largest", 20.0, "", False)]
 ADAPTATION = {"mnistm-svhn": (40, 52.8), "mnistm-usps": (76, 93.3), "svhn-mnistm": (42, 51.6), "usps-svhn": (28, 34.2)}  # the course's bar, best student's DANN
 
 

@@ -3,7 +3,7 @@
 Papers: DDPM (arXiv 2006.11239), classifier-free guidance (2207.12598), DDIM (2010.02502), DPM-Solver++ (2211.01095),
 v-prediction (2202.00512), min-SNR weights (2303.09556), guidance interval (2404.07724), EMA profile and learning rate (2312.02696).
 
-  python p2_diffusion.py --mode train --fast                          # built-in digits, 3.5 minutes on 2 CPU cores
+  python p2_diffusion.py --mode train --fast --ckpt fast.pt           # built-in digits, 3.5 minutes on 2 CPU cores
   python p2_diffusion.py --mode train --data hw2_data                 # the course's MNIST-M
   python p2_diffusion.py --mode sample --out digits                   # 0_001.png ... 9_100.png, as the grader reads them
   python p2_diffusion.py --mode eval --input digits --data hw2_data   # digit accuracy and diversity

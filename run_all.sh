@@ -55,8 +55,12 @@ run() {  # a command, and its time for the report
   echo "+ $*"
   "$@" || code=$?
   printf '%s\t%s\n' "$((SECONDS - start))" "$*" >> "$out/commands.tsv"
-  if [ $code -ne 0 ]; then exit $code; fi
+  if [ $code -ne 0 ]; then
+    report > /dev/null || true  # of what there is
+    exit $code
+  fi
 }
+report() { python3 "$here/common.py" report "$out" ${built_in[@]+"${built_in[@]}"}; }
 quick() { if [ -z "$in" ]; then echo "$*"; fi; }  # options of the built-in run
 train() {  # checkpoint, script, options: goes on where an earlier call stopped
   local ckpt=$1 resume=()
@@ -111,4 +115,4 @@ for problem in "${problems[@]}"; do
       done ;;
   esac
 done
-python3 "$here/common.py" report "$out" ${built_in[@]+"${built_in[@]}"}
+report

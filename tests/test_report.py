@@ -83,6 +83,14 @@ def test_usage(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_failure(tmp_path):
+    """It stops with the message and the code of what failed, and reports what there is."""
+    (tmp_path / "in").mkdir()
+    result = run_all(tmp_path / "in", tmp_path / "out", "p4", "p2")
+    assert result.returncode == 2 and "no mnistm val images" in result.stderr and "p2_diffusion.py" not in result.stdout
+    assert "p4_dann.py --mode table" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_graders_calls(tmp_path):
     """From another working directory, with spaces in every path, checkpoints beside the scripts."""
     home = tmp_path / "home of it"
