@@ -507,7 +507,7 @@ def table(args):
             load_training_set(run)
             matching_checkpoint(run)
         runs.append((method, scenario, run))
-    validation = {target: load_digits(args.data, target, "val") for target in {run.target for _, _, run in runs}}
+    validation = {target: load_digits(args.data, target, "val") for target in sorted({run.target for _, _, run in runs})}
     cells = {}
     for method, scenario, run in runs:
         run.resume = Path(run.ckpt[0]).exists()
