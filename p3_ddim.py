@@ -13,8 +13,8 @@ EMA profile and learning rate (2312.02696), fixed-point inversion (2312.12540).
   python p3_ddim.py --mode sample --sampler dpm++ --out faces             # 1000 faces of it
   python p3_ddim.py --mode invert --input photos --out inverted           # face -> noise -> face; interpolate --noise inverted
 
-Network and sampler agree with values of the course's original network (tests/test_p3.py). Own training on real faces, --seed 0, 9,042 steps, 181 minutes
-on two Xeon cores, shared: Frechet distance on EfficientNet-Lite0 132.6, face rate 97.9 % (1000 images, dpm++ with 10 steps), not trained to the end. README.md has the tables.
+Network and sampler agree with values of the course's original network (tests/test_p3.py). Own training on real faces, --seed 0, 14,792 steps, 269 minutes
+on two Xeon cores, shared: Frechet distance on EfficientNet-Lite0 110.2, face rate 97.3 % (1000 images, dpm++), not trained to the end. README.md has the tables.
 """
 import argparse
 import csv
