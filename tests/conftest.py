@@ -20,6 +20,21 @@ class Hostile:
         return os.mkdir, (self.path,)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that are marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; runs with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; runs with --slow"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def private_cache(tmp_path_factory):
     """The decoded-image cache of the tests is not the user's."""
@@ -30,12 +45,14 @@ def private_cache(tmp_path_factory):
 def built_in_digits_once():
     """Two seconds for each training that a test starts."""
     import common
+
     common.builtin_digits = functools.cache(common.builtin_digits)
 
 
 @pytest.fixture
 def error(capsys):
-    """error(call, *arguments): the call must exit with code 2 and a single line on standard error, which is returned."""
+    """error(call, *arguments): the call must exit with code 2 and one line on standard error; returns it."""
+
     def check(call, *arguments):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -43,4 +60,5 @@ def error(capsys):
         lines = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
         return lines[0]
+
     return check

@@ -1,4 +1,5 @@
-"""p2_diffusion.py: sampler mathematics, exact resume, independence of the batch, the grader's rules, one-file use, bad input."""
+"""p2_diffusion.py: sampler mathematics, exact resume, the grader's rules, one-file use, bad input."""
+
 import json
 import math
 import os
@@ -13,10 +14,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, Hostile
 from PIL import Image
 
+import common
 import p2_diffusion as p2
-from conftest import ROOT, Hostile
 
 TINY = ["--channels", "32", "32", "--batch-size", "8", "--T", "20", "--device", "cpu"]
 
@@ -34,11 +36,31 @@ def ckpt(tmp_path_factory):
 
 
 def sample(ckpt, out, *options):
-    p2.main(["--mode", "sample", "--ckpt", str(ckpt), "--out", str(out), "--num", "2", "--sample-steps", "4", "--device", "cpu", *options])
-    return {name: torch.from_numpy(np.array(Image.open(out / name)).astype(int)) for name in sorted(os.listdir(out))}
+    p2.main(
+        [
+            "--mode",
+            "sample",
+            "--ckpt",
+            str(ckpt),
+            "--out",
+            str(out),
+            "--num",
+            "2",
+            "--sample-steps",
+            "4",
+            "--device",
+            "cpu",
+            *options,
+        ]
+    )
+    return {
+        name: torch.from_numpy(np.array(Image.open(out / name)).astype(int))
+        for name in sorted(os.listdir(out))
+    }
 
 
 # ------------------------------------------------------------------ schedule, samplers, loss
+
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_alpha_bar(schedule):
@@ -53,47 +75,84 @@ def test_ddim_with_eta_1_and_all_steps_is_ddpm():
     alpha_bar = p2.make_alpha_bar("cosine", 50)
     draws = torch.randn(50, 4, 3, 28, 28, dtype=torch.float64)
 
-    def run(sampler, *options):
-        left = iter(draws[1:])
-        return sampler(lambda x, t: torch.tanh(x + t / 50), draws[0], alpha_bar, *options, lambda: next(left))
+    def predict(x, t):
+        x0 = torch.tanh(x + t / 50)
+        return x0, (x - alpha_bar[t].sqrt() * x0) / (1 - alpha_bar[t]).sqrt()
 
-    assert torch.allclose(run(p2.ddim, 50, 1.0), run(p2.ddpm), atol=1e-10)
+    def run(sampler, *options):
+        left = iter([*draws[1:], draws[0]])
+        times = p2.even_times(50, 50)
+        return sampler(predict, draws[0], alpha_bar, times, *options, lambda: next(left))
+
+    assert torch.allclose(run(p2.ddim, 1.0), run(p2.ddpm), atol=1e-10)
 
 
 def test_ddpm_has_the_posterior_variance():
     alpha_bar = p2.make_alpha_bar("linear", 2)
     a, b = alpha_bar[1].item(), alpha_bar[0].item()
     seen = []
-    p2.ddpm(lambda x, t: seen.append(x) or torch.zeros_like(x), torch.zeros(100_000), alpha_bar, lambda: torch.randn(100_000))
+
+    def predict(x, t):
+        seen.append(x)
+        return torch.zeros_like(x), x
+
+    p2.ddpm(predict, torch.zeros(100_000), alpha_bar, [1, 0], lambda: torch.randn(100_000))
     assert seen[1].var().item() == pytest.approx((1 - b) / (1 - a) * (1 - a / b), rel=0.02)
 
 
 @pytest.mark.parametrize("sampler, order", [(p2.ddim, 1), (p2.dpm_solver, 2)])
 def test_order_of_convergence_on_a_gaussian(sampler, order):
-    """Data N(m, c^2): the exact predictor is known, and the flow keeps (x_t - a m) / sqrt(a^2 c^2 + s^2) constant."""
-    alpha_bar, m, c = torch.sigmoid(torch.linspace(5, -5, 641, dtype=torch.float64)), 0.3, 0.5  # log-SNR is linear in t
+    """Data N(m, c^2): the exact predictor is known; the flow keeps (x_t - a m) / sqrt(a^2 c^2 + s^2)."""
+    alpha_bar, m, c = (
+        torch.sigmoid(torch.linspace(5, -5, 641, dtype=torch.float64)),
+        0.3,
+        0.5,
+    )  # log-SNR is linear in t
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
 
-    def denoise(x, t):
+    def predict(x, t):
         a, v = alpha_bar[t].sqrt(), 1 - alpha_bar[t]
-        return m + a * c**2 / (a**2 * c**2 + v) * (x - a * m)
+        x0 = m + a * c**2 / (a**2 * c**2 + v) * (x - a * m)
+        return x0, (x - a * x0) / v.sqrt()
 
     def exact(t):
         a, v = alpha_bar[t].sqrt(), 1 - alpha_bar[t]
         start = alpha_bar[-1]
         z = (x - start.sqrt() * m) / (start * c**2 + 1 - start).sqrt()
-        return denoise(a * m + (a**2 * c**2 + v).sqrt() * z, t)
+        return predict(a * m + (a**2 * c**2 + v).sqrt() * z, t)[0]
 
-    errors = [(sampler(denoise, x, alpha_bar, n) - exact(0)).abs().max().item() for n in (21, 41, 81)]
+    errors = []
+    for n in (21, 41, 81):
+        result = sampler(predict, x, alpha_bar, p2.even_times(641, n))
+        errors.append((result - exact(0)).abs().max().item())
     for big, small in zip(errors, errors[1:]):
         assert math.log2(big / small) == pytest.approx(order, abs=0.4)
 
 
 def test_ddim_draws_no_noise_at_eta_0_and_uses_it_above():
     alpha_bar, x = p2.make_alpha_bar("cosine", 20), torch.randn(2, 3, 28, 28)
-    p2.ddim(lambda x, t: torch.tanh(x), x, alpha_bar, 5, 0.0, lambda: pytest.fail("drew noise"))
-    one, other = (p2.ddim(lambda x, t: torch.tanh(x), x, alpha_bar, 5, 0.5, lambda: v * torch.ones_like(x)) for v in (0.5, -0.5))
-    assert not torch.allclose(one, other)
+    times = p2.even_times(20, 5)
+
+    def predict(x, t):
+        return torch.tanh(x), x
+
+    p2.ddim(predict, x, alpha_bar, times, 0.0, lambda: pytest.fail("drew noise"))
+    results = [
+        p2.ddim(predict, x, alpha_bar, times, 0.5, lambda: v * torch.ones_like(x)) for v in (0.5, -0.5)
+    ]
+    assert not torch.allclose(*results)
+
+
+def test_log_snr_times_are_even_in_log_snr():
+    alpha_bar = p2.make_alpha_bar("cosine", 400)
+    times = p2.log_snr_times(alpha_bar, 15, 4)
+    assert (
+        times[0] == 399 and times[-1] == 4 and 13 <= len(times) <= 15 and times == sorted(times, reverse=True)
+    )
+    lambda_ = (alpha_bar / (1 - alpha_bar)).log() / 2
+    for ideal in torch.linspace(lambda_[-1], lambda_[4], 15):
+        nearest = (lambda_ - ideal).abs().min()
+        assert (lambda_[times] - ideal).abs().min() == nearest
 
 
 def test_guidance():
@@ -104,28 +163,30 @@ def test_guidance():
         seen.append(labels.tolist())
         return 0.01 * labels.view(-1, 1, 1, 1).float().expand_as(x)
 
-    conditional = p2.denoiser(model, y, alpha_bar, "v", 0.0)(x, 10)
+    conditional = p2.predictor(model, y, alpha_bar, "v", 0.0)(x, 10)[0]
     assert seen == [[0, 1, 2, 3]]  # w = 0: one branch
     a, s = alpha_bar[10].sqrt(), (1 - alpha_bar[10]).sqrt()
     assert torch.allclose(conditional, (a * x - s * model(x, None, y)).float(), atol=1e-6)
     seen.clear()
-    guided = p2.denoiser(model, y, alpha_bar, "v", 2.0)(x, 10)
+    guided = p2.predictor(model, y, alpha_bar, "v", 2.0)(x, 10)[0]
     assert seen == [[0, 1, 2, 3, 10, 10, 10, 10]]  # one batch for both branches
     v = 3 * 0.01 * y.float() - 2 * 0.01 * 10
     assert torch.allclose(guided, (a * x - s * v.view(-1, 1, 1, 1)).float(), atol=1e-6)
-    outside = p2.denoiser(model, y, alpha_bar, "v", 2.0, (0.6, 1.0))(x, 10)
-    assert torch.equal(outside, conditional)
 
 
 def test_prediction_targets_are_recovered():
-    """A network that outputs the exact target gives loss 0, and the denoiser then returns x0, for eps and for v."""
-    alpha_bar, x0, y = p2.make_alpha_bar("cosine", 20), torch.rand(6, 3, 28, 28) * 2 - 1, torch.zeros(6).long()
+    """A network that outputs the exact target has loss 0, and predict returns x0, for eps and for v."""
+    alpha_bar, x0, y = (
+        p2.make_alpha_bar("cosine", 20),
+        torch.rand(6, 3, 28, 28) * 2 - 1,
+        torch.zeros(6).long(),
+    )
     for prediction in ("eps", "v"):
         inputs = []
 
         def oracle(x, t, labels):
             inputs.append((x, t))
-            i = (t * 20).round().long()
+            i = t
             a, s = (f.float().view(-1, 1, 1, 1) for f in (alpha_bar[i].sqrt(), (1 - alpha_bar[i]).sqrt()))
             eps = (x - a * x0) / s
             return eps if prediction == "eps" else a * eps - s * x0
@@ -134,35 +195,48 @@ def test_prediction_targets_are_recovered():
         x, t = inputs[0]
         assert len(set(t.tolist())) == 6  # stratified
         off_by_one = p2.diffusion_loss(lambda *inputs: oracle(*inputs) + 1, x0, y, alpha_bar, prediction, 5.0)
-        snr = (alpha_bar / (1 - alpha_bar))[(inputs[-1][1] * 20).round().long()]
+        snr = (alpha_bar / (1 - alpha_bar))[inputs[-1][1]]
         weight = snr.clamp(max=5) / (snr if prediction == "eps" else snr + 1)  # min-SNR, arXiv 2303.09556
         assert off_by_one.item() == pytest.approx(weight.mean().item(), rel=1e-4)
-        assert p2.diffusion_loss(lambda *inputs: oracle(*inputs) + 1, x0, y, alpha_bar, prediction, 0.0).item() == pytest.approx(1, rel=1e-4)
-        assert torch.allclose(p2.denoiser(oracle, y, alpha_bar, prediction, 0.0)(0.5 * x0 + 0.1, 8), x0, atol=1e-4)
+        assert p2.diffusion_loss(
+            lambda *inputs: oracle(*inputs) + 1, x0, y, alpha_bar, prediction, 0.0
+        ).item() == pytest.approx(1, rel=1e-4)
+        assert torch.allclose(
+            p2.predictor(oracle, y, alpha_bar, prediction)(0.5 * x0 + 0.1, 8)[0], x0, atol=1e-4
+        )
 
 
 # ------------------------------------------------------------------ networks
+
 
 def test_parameter_counts():
     assert count(p2.ContextUnet(216)) == 18_743_187  # printed in the 2023 report
     assert count(p2.UNet()) <= 5_000_000
 
 
-@pytest.mark.parametrize("options", [dict(), dict(attention="linear"), dict(attention="none"), dict(channels=(32, 64, 64), patch=1, blocks=2), dict(channels=(64,), patch=4)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(dropout=0.5),
+        dict(channels=(32, 64, 64), patch=1, blocks=2),
+        dict(channels=(64,), patch=4),
+    ],
+)
 def test_unet_shapes_and_null_class(options):
     net = p2.UNet(**{"channels": (32, 32), **options})
     for parameter in net.parameters():  # at the start every residual branch is zero
         torch.nn.init.normal_(parameter, std=0.1)
     x = torch.randn(2, 3, 28, 28)
-    outs = [net(x, torch.tensor([0.1, 0.1]), torch.full((2,), y)) for y in (3, p2.NULL)]
+    outs = [net(x, torch.tensor([40, 40]), torch.full((2,), y)) for y in (3, p2.NULL)]
     assert outs[0].shape == x.shape and not torch.allclose(*outs)
-    assert not torch.allclose(net(x, torch.tensor([0.9, 0.9]), torch.tensor([3, 3])), outs[0])
+    assert not torch.allclose(net(x, torch.tensor([360, 360]), torch.tensor([3, 3])), outs[0])
 
 
 def test_context_unet_null_label_is_the_zero_vector():
     net, seen = p2.ContextUnet(16).eval(), []
     net.context1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].tolist()))
-    net(torch.randn(2, 3, 28, 28), torch.tensor([0.5, 0.5]), torch.tensor([3, p2.NULL]))
+    net(torch.randn(2, 3, 28, 28), torch.tensor([200, 200]), torch.tensor([3, p2.NULL]))
     assert seen == [[[0, 0, 0, 1, 0, 0, 0, 0, 0, 0], [0] * 10]]
 
 
@@ -180,10 +254,19 @@ def test_ema_averages_parameters_and_copies_buffers():
 
 # ------------------------------------------------------------------ training
 
-@pytest.mark.parametrize("options", [["--dropout", "0.2"], ["--arch", "context", "--width", "8", "--schedule", "linear", "--prediction", "eps"]])
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dropout", "0.2"],
+        ["--arch", "context", "--width", "8", "--schedule", "linear", "--prediction", "eps"],
+    ],
+)
 def test_resume_is_bit_equal(tmp_path, options):
     def run(name, steps, *more):
-        p2.main(["--mode", "train", "--steps", str(steps), "--ckpt", str(tmp_path / name), *TINY, *options, *more])
+        p2.main(
+            ["--mode", "train", "--steps", str(steps), "--ckpt", str(tmp_path / name), *TINY, *options, *more]
+        )
         return torch.load(tmp_path / name, weights_only=True)
 
     whole = run("whole.pt", 6)
@@ -192,24 +275,43 @@ def test_resume_is_bit_equal(tmp_path, options):
     assert parts["step"] == whole["step"] == 6
     for key in ("model", "ema"):
         assert all(torch.equal(v, parts[key][k]) for k, v in whole[key].items())
+    assert whole["images"] == parts["images"]
     for i, state in whole["optim"]["state"].items():
         assert all(torch.equal(v, parts["optim"]["state"][i][k]) for k, v in state.items())
     assert torch.equal(whole["rng"]["cpu"], parts["rng"]["cpu"])
-    assert re.match(r"step,loss,images_per_s,seconds\n3,.*\n6,", (tmp_path / "parts.log.csv").read_text())
+    assert re.match(
+        r"step,loss,gradient,images_per_s,seconds\n3,.*\n6,", (tmp_path / "parts.log.csv").read_text()
+    )
 
 
 def test_training_learns_the_digits(tmp_path):
     """The loss keeps falling on the built-in digits."""
-    p2.main(["--mode", "train", "--steps", "200", "--ckpt", str(tmp_path / "a.pt"), "--channels", "32", "32", "--batch-size", "16"])
+    p2.main(
+        [
+            "--mode",
+            "train",
+            "--steps",
+            "200",
+            "--ckpt",
+            str(tmp_path / "a.pt"),
+            "--channels",
+            "32",
+            "32",
+            "--batch-size",
+            "16",
+        ]
+    )
     log = torch.load(tmp_path / "a.pt", weights_only=True)["log"]
-    loss = [row[1] for row in log]  # means of ten steps
+    loss = [row["loss"] for row in log]  # means of ten steps
     assert sum(loss[10:]) < 0.7 * sum(loss[:10])
 
 
 def test_existing_checkpoint_is_not_overwritten(ckpt, error):
     before = ckpt.read_bytes()
     assert "--resume" in error(p2.main, ["--mode", "train", "--steps", "6", "--ckpt", str(ckpt), *TINY])
-    assert "lr 0.5 (checkpoint: 0.001)" in error(p2.main, ["--mode", "train", "--resume", "--lr", "0.5", "--steps", "9", "--ckpt", str(ckpt), *TINY])
+    assert "lr 0.5 (checkpoint: 0.001)" in error(
+        p2.main, ["--mode", "train", "--resume", "--lr", "0.5", "--steps", "9", "--ckpt", str(ckpt), *TINY]
+    )
     assert ckpt.read_bytes() == before
 
 
@@ -221,19 +323,26 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(ckpt, tmp_path, capsys):
     before = path.read_bytes()
     with pytest.raises(SystemExit) as stop:
         p2.main(["--mode", "train", "--resume", "--steps", "8", "--ckpt", str(path), *TINY])
-    assert stop.value.code == 1 and "loss is nan" in capsys.readouterr().err and path.read_bytes() == before
+    assert stop.value.code == 1 and "'loss': nan" in capsys.readouterr().err and path.read_bytes() == before
 
 
 def start(*arguments, **options):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    return subprocess.Popen([sys.executable, str(ROOT / "p2_diffusion.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "p2_diffusion.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
 
 
 def test_ctrl_c_saves_and_exits_130(tmp_path):
     path = tmp_path / "stopped.pt"
     process = start("--mode", "train", "--ckpt", str(path), *TINY)
     for line in process.stdout:
-        if "parameters" in line:
+        if "images, cpu" in line:
             break
     time.sleep(1)
     process.send_signal(signal.SIGINT)
@@ -245,42 +354,96 @@ def test_ctrl_c_saves_and_exits_130(tmp_path):
 
 
 def test_full_disk(ckpt, tmp_path):
-    """Files may not grow beyond the limit: the old checkpoint stays, nothing half-written is left, one line tells."""
+    """Files may not grow beyond a limit: the old checkpoint stays, nothing half-written is left."""
     path = tmp_path / "old.pt"
     shutil.copy(ckpt, path)
     before = path.read_bytes()
 
     def limit(size):
-        return lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+        return lambda: (
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+        )
 
-    process = start("--mode", "train", "--resume", "--steps", "7", "--ckpt", str(path), *TINY, preexec_fn=limit(100_000))
+    process = start(
+        "--mode", "train", "--resume", "--steps", "7", "--ckpt", str(path), *TINY, preexec_fn=limit(100_000)
+    )
     _, err = process.communicate()
     assert process.returncode == 2 and "cannot be written" in err and "Traceback" not in err
     assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["old.log.csv", "old.pt"]
-    process = start("--mode", "sample", "--ckpt", str(path), "--out", str(tmp_path / "s"), "--num", "1", "--sample-steps", "1", "--device", "cpu", preexec_fn=limit(500))
+    process = start(
+        "--mode",
+        "sample",
+        "--ckpt",
+        str(path),
+        "--out",
+        str(tmp_path / "s"),
+        "--num",
+        "1",
+        "--sample-steps",
+        "1",
+        "--device",
+        "cpu",
+        preexec_fn=limit(500),
+    )
     _, err = process.communicate()
     assert process.returncode == 2 and "Traceback" not in err and os.listdir(tmp_path / "s") == []
     Image.new("RGB", (28, 28)).save(tmp_path / "s" / "0_001.png")
     before = (tmp_path / "s" / "0_001.png").read_bytes()
-    process = start("--mode", "sample", "--ckpt", str(path), "--out", str(tmp_path / "s"), "--num", "1", "--sample-steps", "1", "--device", "cpu", preexec_fn=limit(500))
+    process = start(
+        "--mode",
+        "sample",
+        "--ckpt",
+        str(path),
+        "--out",
+        str(tmp_path / "s"),
+        "--num",
+        "1",
+        "--sample-steps",
+        "1",
+        "--device",
+        "cpu",
+        preexec_fn=limit(500),
+    )
     process.communicate()
     assert process.returncode == 2 and (tmp_path / "s" / "0_001.png").read_bytes() == before
 
 
 # ------------------------------------------------------------------ sampling
 
-@pytest.mark.parametrize("sampler", [["--sampler", "dpm++"], ["--sampler", "ddpm"], ["--sampler", "ddim", "--eta", "0.5"]])
+
+@pytest.mark.parametrize(
+    "sampler", [["--sampler", "dpm++"], ["--sampler", "ddpm"], ["--sampler", "ddim", "--eta", "0.5"]]
+)
 def test_images_do_not_depend_on_batch_size_or_number(ckpt, tmp_path, sampler):
     reference = sample(ckpt, tmp_path / "a", "--precision", "float32", *sampler)
     assert len(reference) == 20
-    for name, options in (("b", ["--batch-size", "3"]), ("c", ["--num", "1"]), ("d", ["--num", "3", "--batch-size", "7"])):
-        for image, pixels in sample(ckpt, tmp_path / name, "--precision", "float32", *sampler, *options).items():
+    for name, options in (
+        ("b", ["--batch-size", "3"]),
+        ("c", ["--num", "1"]),
+        ("d", ["--num", "3", "--batch-size", "7"]),
+    ):
+        for image, pixels in sample(
+            ckpt, tmp_path / name, "--precision", "float32", *sampler, *options
+        ).items():
             if image in reference:
-                assert (pixels - reference[image]).abs().max() <= 1  # float32 sums may be ordered by the batch size
+                assert (
+                    pixels - reference[image]
+                ).abs().max() <= 1  # float32 sums may be ordered by the batch size
     other = sample(ckpt, tmp_path / "e", "--seed", "1", "--precision", "float32", *sampler)
     assert (other["0_001.png"] - reference["0_001.png"]).abs().max() > 1
-    noise = [p2.image_noise(pairs, 5, "cpu")() for pairs in ([(3, 1)], [(0, 1), (3, 1)])]
-    assert torch.equal(noise[0][0], noise[1][1]) and not torch.equal(noise[1][0], noise[1][1])
+
+
+def test_noise_depends_on_seed_and_key_alone():
+    one = p2.Noise([(3, 1)], (3, 28, 28), 5)
+    two = p2.Noise([(0, 1), (3, 1)], (3, 28, 28), 5)
+    for _ in range(2):
+        first, second = one(), two()
+        assert torch.equal(first[0], second[1]) and not torch.equal(second[0], second[1])
+    starts = p2.Noise([(number,) for number in range(200_000)], (1,), 0)()
+    assert len(starts.unique()) > 199_000  # seeds of 32 bits had equal streams
+    big = [p2.Noise([(0,)], (2,), seed)() for seed in (1, 2**32 + 1, 2**64 + 1)]
+    assert not torch.equal(big[0], big[1]) and not torch.equal(big[0], big[2])
 
 
 def test_files_are_what_the_grader_reads(ckpt, tmp_path):
@@ -299,43 +462,240 @@ def test_files_are_what_the_grader_reads(ckpt, tmp_path):
 def test_other_files_in_out_are_named_and_kept(ckpt, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    p2.main(["--mode", "sample", "--ckpt", str(ckpt), "--out", str(tmp_path / "out"), "--num", "1", "--sample-steps", "1"])
+    p2.main(
+        [
+            "--mode",
+            "sample",
+            "--ckpt",
+            str(ckpt),
+            "--out",
+            str(tmp_path / "out"),
+            "--num",
+            "1",
+            "--sample-steps",
+            "1",
+        ]
+    )
     assert "notes.txt" in capsys.readouterr().err and (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
-def test_the_file_copied_alone_samples(ckpt, tmp_path):
+def test_the_file_copied_alone_samples_and_trains(ckpt, tmp_path):
     shutil.copy(ROOT / "p2_diffusion.py", tmp_path)
     shutil.copy(ckpt, tmp_path / "model.pt")
-    code = "import sys; sys.modules['tqdm'] = sys.modules['matplotlib'] = sys.modules['sklearn'] = sys.modules['scipy'] = None; import p2_diffusion; p2_diffusion.main()"
-    result = subprocess.run([sys.executable, "-c", code, "--mode", "sample", "--ckpt", "model.pt", "--out", "digits", "--num", "1", "--sample-steps", "2"],
-                            cwd=tmp_path, capture_output=True, text=True)
+    names = ("tqdm", "matplotlib", "sklearn", "scipy", "common")
+    alone = f"import sys\nfor name in {names}: sys.modules[name] = None\n"
+    code = alone + "import p2_diffusion; p2_diffusion.main()"
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "--mode",
+            "sample",
+            "--ckpt",
+            "model.pt",
+            "--out",
+            "digits",
+            "--num",
+            "1",
+            "--sample-steps",
+            "2",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     assert len(os.listdir(tmp_path / "digits")) == 10
+    code = (
+        alone
+        + f"""
+import torch, p2_diffusion as p2
+images, labels = torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8), torch.arange(50) % 10
+args = p2.parse_args({[*TINY, "--steps", "2", "--ckpt", "own.pt"]!r})
+before = vars(args).copy()
+p2.train(args, images, labels)
+assert vars(args) == before
+model, settings = p2.load_model("own.pt")
+assert p2.generate(model, settings, [3, 7], calls=2).shape == (2, 3, 32, 32)
+try: p2.train(args, images, labels)
+except ValueError as e: assert "--resume" in str(e)
+"""
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "own.log.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    "images, labels, what",
+    [
+        (torch.zeros(4, 3, 28, 28), torch.zeros(4).long(), "images: found torch.float32"),
+        (torch.zeros(4, 28, 28, 3).byte(), torch.zeros(4).long(), "images: found"),
+        (torch.zeros(0, 3, 28, 28).byte(), torch.zeros(0).long(), "images: found"),
+        (torch.zeros(4, 3, 28, 28).byte(), torch.zeros(4), "labels: found torch.float32"),
+        (torch.zeros(4, 3, 28, 28).byte(), torch.full((4,), 10), "labels: found"),
+    ],
+)
+def test_tensors_that_cannot_be_trained_on(images, labels, what, tmp_path):
+    with pytest.raises(ValueError, match=what):
+        p2.train(p2.parse_args([*TINY, "--ckpt", str(tmp_path / "a.pt")]), images, labels)
+    with pytest.raises(ValueError, match="--steps"):
+        p2.parse_args(["--steps", "0"])
+
+
+def test_weights_named_by_ddp_or_compile_and_broken_ones(ckpt, tmp_path, error):
+    state = torch.load(ckpt, weights_only=True)
+    reference = sample(ckpt, tmp_path / "a")
+    state["ema"] = {f"module._orig_mod.{name}": value for name, value in state["ema"].items()}
+    torch.save(state, tmp_path / "ddp.pt")
+    renamed = sample(tmp_path / "ddp.pt", tmp_path / "b")
+    assert all(torch.equal(renamed[name], pixels) for name, pixels in reference.items())
+    state["ema"]["module._orig_mod.stem.weight"][0, 0, 0, 0] = math.nan
+    torch.save(state, tmp_path / "nan.pt")
+    assert "not finite" in error(
+        p2.main, ["--mode", "sample", "--ckpt", str(tmp_path / "nan.pt"), "--out", str(tmp_path / "c")]
+    )
+    state["ema"] = {"another.weight": torch.zeros(3)}
+    torch.save(state, tmp_path / "other.pt")
+    assert "not this network's" in error(
+        p2.main, ["--mode", "sample", "--ckpt", str(tmp_path / "other.pt"), "--out", str(tmp_path / "c")]
+    )
+
+
+def test_two_checkpoints_without_pt_in_one_folder_have_two_logs(tmp_path):
+    for name in ("model.s0", "model.s1"):
+        p2.main(["--mode", "train", "--steps", "1", "--ckpt", str(tmp_path / name), *TINY])
+    assert sorted(os.listdir(tmp_path)) == ["model.s0", "model.s0.log.csv", "model.s1", "model.s1.log.csv"]
+
+
+def test_a_failed_save_leaves_the_log_beside_its_checkpoint(ckpt, tmp_path, monkeypatch):
+    """The log is written after the checkpoint, so it is never ahead of it."""
+    path = tmp_path / "model.pt"
+    p2.main(["--mode", "train", "--steps", "2", "--ckpt", str(path), *TINY])
+    before = (tmp_path / "model.log.csv").read_text()
+
+    def full_disk(*_):
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        p2.train(
+            p2.parse_args(["--steps", "3", "--resume", "--ckpt", str(path), *TINY]),
+            *common.load_digits(None, "mnistm", "train"),
+        )
+    assert (tmp_path / "model.log.csv").read_text() == before
+
+
+def test_the_script_s_own_folder_has_weights(ckpt, tmp_path):
+    """Without --ckpt: checkpoints/ here, else .weights/ beside the script, else beside it."""
+    shutil.copy(ROOT / "p2_diffusion.py", tmp_path)
+    command = [
+        sys.executable,
+        str(tmp_path / "p2_diffusion.py"),
+        "--mode",
+        "sample",
+        "--num",
+        "1",
+        "--sample-steps",
+        "1",
+        "--out",
+        "out",
+    ]
+    (tmp_path / "elsewhere").mkdir()
+    for place in (tmp_path, tmp_path / ".weights", tmp_path / "elsewhere" / "checkpoints"):
+        place.mkdir(exist_ok=True)
+        shutil.copy(ckpt, place / "p2_diffusion.pt")
+        result = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        used = re.search("weights: (.*)", result.stdout)[1]
+        assert (tmp_path / "elsewhere" / used).resolve() == (place / "p2_diffusion.pt").resolve()
+
+
+def test_ascii_terminal_and_left_over_variables(ckpt, tmp_path):
+    environment = {
+        **os.environ,
+        "PYTHONIOENCODING": "ascii",
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+    }
+    environment.pop("HOME", None)
+    command = [
+        sys.executable,
+        str(ROOT / "p2_diffusion.py"),
+        "--mode",
+        "sample",
+        "--ckpt",
+        str(ckpt),
+        "--num",
+        "1",
+        "--sample-steps",
+        "1",
+    ]
+    result = subprocess.run(
+        [*command, "--out", str(tmp_path / "\u2192\udcff")], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "\\u2192" in result.stdout and len(os.listdir(tmp_path / "\u2192\udcff")) == 10
 
 
 def test_grid_and_eval(ckpt, tmp_path, capsys):
-    p2.main(["--mode", "grid", "--ckpt", str(ckpt), "--out", str(tmp_path / "figures"), "--sample-steps", "7"])
-    assert sorted(os.listdir(tmp_path / "figures")) == ["digits.png", "guidance.png", "network.txt", "reverse.png", "training.png"]
-    sizes = {name: Image.open(tmp_path / "figures" / name).size for name in os.listdir(tmp_path / "figures") if name.endswith("png")}
-    assert all(min(size) > 100 for size in sizes.values()) and sizes["reverse.png"][0] > 3 * sizes["reverse.png"][1]
+    p2.main(
+        ["--mode", "grid", "--ckpt", str(ckpt), "--out", str(tmp_path / "figures"), "--sample-steps", "7"]
+    )
+    assert sorted(os.listdir(tmp_path / "figures")) == [
+        "digits.png",
+        "guidance.png",
+        "network.txt",
+        "reverse.png",
+        "training.png",
+    ]
+    sizes = {
+        name: Image.open(tmp_path / "figures" / name).size
+        for name in os.listdir(tmp_path / "figures")
+        if name.endswith("png")
+    }
+    assert (
+        all(min(size) > 100 for size in sizes.values())
+        and sizes["reverse.png"][0] > 3 * sizes["reverse.png"][1]
+    )
     sample(ckpt, tmp_path / "digits")
     shutil.copy(ckpt, tmp_path / "model.pt")
     capsys.readouterr()
-    p2.main(["--mode", "eval", "--input", str(tmp_path / "digits"), "--ckpt", str(tmp_path / "model.pt"), "--out", str(tmp_path / "score.json")])
+    p2.main(
+        [
+            "--mode",
+            "eval",
+            "--input",
+            str(tmp_path / "digits"),
+            "--ckpt",
+            str(tmp_path / "model.pt"),
+            "--out",
+            str(tmp_path / "score.json"),
+        ]
+    )
     printed = capsys.readouterr().out
-    assert re.search(r"acc = [\d.]+ \(correct/total = \d+/20\)", printed) and "% on the val part of built-in data" in printed
-    assert list(tmp_path.glob("digit_classifier_*.pth")) and json.loads((tmp_path / "score.json").read_text())["n"] == 20
+    assert (
+        re.search(r"acc = [\d.]+ \(correct/total = \d+/20\)", printed)
+        and "% on the val part of built-in data" in printed
+    )
+    assert (
+        list(tmp_path.glob("digit_classifier_*.pth"))
+        and json.loads((tmp_path / "score.json").read_text())["n"] == 20
+    )
 
 
 # ------------------------------------------------------------------ command line and bad input
 
+
 def test_readme():
-    """Every p2 command is accepted, the four reports' networks have the sizes that it states, and no figure is left out."""
+    """Every p2 command is accepted."""
     text = (ROOT / "README.md").read_text()
     commands = re.findall(r"^python3? p2_diffusion.py (--mode .*?)(?:  +#.*)?$", text, re.M)
-    sizes = [count(p2.build(p2.parse_args(command.split()))) for command in commands if "--T " in command]
-    assert len(commands) >= 8 and len(sizes) == 4 and all(f"{size:,}" in text for size in sizes)
-    assert not re.search("@[A-Z]+@", text + p2.__doc__)
+    for command in commands:
+        p2.parse_args(command.split())
+    assert len(commands) >= 5
 
 
 def test_help(capsys):
@@ -344,11 +704,31 @@ def test_help(capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "--guidance" in text and "2207.12598" in text
     options = re.findall(r"^  (--[\w-]+)", text, re.M)
-    assert len(options) >= 25 and text.count("(default:") >= len(options) - 4
+    assert len(options) >= 25 and text.count("(default:") >= len(options) - 3
+    with pytest.raises(SystemExit):
+        p2.main(["-h", "--fast", "--mode", "train"])
+    assert "(default: 1600)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--lr", "-1"], ["--guidance", "x"], ["--mode", "fly"], ["--channels", "33"], ["--channels", "32", "32", "32", "32"],
-                                       ["--guidance-interval", "0.2"], ["--guidance-interval", "0.8", "0.2"], ["--lr", "inf"], ["--device", "mps"], ["--num", "0"], ["--sample-steps", "0"], ["--T", "1"], ["--width", "9"], ["--stepz", "5"], ["--eta", "0.5"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--steps", "0"],
+        ["--lr", "-1"],
+        ["--guidance", "x"],
+        ["--mode", "fly"],
+        ["--channels", "33"],
+        ["--channels", "32", "32", "32", "32"],
+        ["--lr", "inf"],
+        ["--device", "mps"],
+        ["--num", "0"],
+        ["--sample-steps", "0"],
+        ["--T", "1"],
+        ["--width", "9"],
+        ["--stepz", "5"],
+        ["--eta", "0.5"],
+    ],
+)
 def test_wrong_options(arguments, error):
     assert arguments[0] in error(p2.main, arguments)
 
@@ -360,31 +740,38 @@ def test_no_cuda(error):
 
 def test_bad_checkpoints(ckpt, tmp_path, error):
     def message(path, *more):
-        return error(p2.main, ["--mode", "sample", "--ckpt", str(path), "--out", str(tmp_path / "out"), *more])
+        return error(
+            p2.main, ["--mode", "sample", "--ckpt", str(path), "--out", str(tmp_path / "out"), *more]
+        )
 
     assert "--mode train" in message(tmp_path / "none.pt")
     (tmp_path / "short.pt").write_bytes(ckpt.read_bytes()[:-1000])
-    assert "truncated" in message(tmp_path / "short.pt")
+    assert "not a readable checkpoint" in message(tmp_path / "short.pt")
     torch.save({"script": "p1_gan", "args": {}}, tmp_path / "p1.pt")
     assert "found p1_gan" in message(tmp_path / "p1.pt")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     assert "found Tensor" in message(tmp_path / "tensor.pt")
-    assert "holds --arch unet" in message(ckpt, "--arch", "context")
     torch.save({**torch.load(ckpt, weights_only=True), "args": {}}, tmp_path / "old.pt")
-    assert "not a checkpoint of this" in message(tmp_path / "old.pt")
+    assert "expected a checkpoint of this" in message(tmp_path / "old.pt")
     torch.save(Hostile(tmp_path / "executed"), tmp_path / "hostile.pt")
     assert "not a readable checkpoint" in message(tmp_path / "hostile.pt")
     assert not (tmp_path / "executed").exists()
     unconditional = tmp_path / "unconditional.pt"
     p2.main(["--mode", "train", "--steps", "1", "--label-dropout", "0", "--ckpt", str(unconditional), *TINY])
     assert "use --guidance 0" in message(unconditional)
-    assert "at most the 20 steps" in message(ckpt, "--sample-steps", "21")
-    assert not (tmp_path / "out").exists()
+    assert "at most the network's T = 20 steps" in message(ckpt, "--sample-steps", "21")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_bad_folders(ckpt, tmp_path, error):
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", "/proc/nowhere"):
-        assert str(out) in error(p2.main, ["--mode", "sample", "--ckpt", str(ckpt), "--out", str(out), "--num", "1"])
-    assert "looked for" in error(p2.main, ["--mode", "train", "--data", str(tmp_path), "--ckpt", str(tmp_path / "new.pt")])
-    assert "no such folder" in error(p2.main, ["--mode", "eval", "--input", str(tmp_path / "none"), "--ckpt", str(ckpt)])
+        assert str(out) in error(
+            p2.main, ["--mode", "sample", "--ckpt", str(ckpt), "--out", str(out), "--num", "1"]
+        )
+    assert "looked for" in error(
+        p2.main, ["--mode", "train", "--data", str(tmp_path), "--ckpt", str(tmp_path / "new.pt")]
+    )
+    assert "no such folder" in error(
+        p2.main, ["--mode", "eval", "--input", str(tmp_path / "none"), "--ckpt", str(ckpt)]
+    )
