@@ -1,29 +1,33 @@
-"""DDIM on faces: the 2023 course's network and graded sampler, and training of smaller networks of the same kind.
+"""DDIM on faces: the 2023 course's network and graded sampler, and networks of one's own.
 
-Papers: DDIM (arXiv 2010.02502), DDPM (2006.11239), DPM-Solver++ (2211.01095), v-prediction (2202.00512), min-SNR weights (2303.09556),
-EMA profile and learning rate (2312.02696), fixed-point inversion (2312.12540).
+Papers: DDIM (arXiv 2010.02502), DDPM (2006.11239), DPM-Solver++ (2211.01095), v-prediction (2202.00512),
+min-SNR weights (2303.09556), EMA and learning rate (2312.02696), fixed-point inversion (2312.12540).
 
-  python p3_ddim.py --mode noise --out noise                              # noises 00.pt ... 09.pt, for those without the course's
-  python p3_ddim.py --mode sample --noise noise --out out --ckpt UNet.pt  # NN.png for every NN.pt, the course's recipe
-  python p3_ddim.py --mode mse --input out --gt face/GT                   # mean squared error of each image and their mean
-  python p3_ddim.py --mode eta-grid --noise noise --ckpt UNet.pt          # rows eta = 0 ... 1, columns noises 00-03
-  python p3_ddim.py --mode interpolate --noise noise --ckpt UNet.pt       # slerp and lerp of noises 00 and 01
+  python p3_ddim.py --mode noise --out noise                               # noises 00.pt ... 09.pt
+  python p3_ddim.py --mode sample --noise noise --out out --ckpt UNet.pt   # NN.png for every NN.pt
+  python p3_ddim.py --mode mse --input out --gt face/GT                    # mean squared error
+  python p3_ddim.py --mode eta-grid --noise noise --ckpt UNet.pt           # rows eta, columns noises
+  python p3_ddim.py --mode interpolate --noise noise --ckpt UNet.pt        # slerp and lerp of two noises
 
-  python p3_ddim.py --mode train --data hw2_data                          # a 64x64 network of one's own, checkpoints/p3_ddim.pt
-  python p3_ddim.py --mode sample --sampler dpm++ --out faces             # 1000 faces of it
-  python p3_ddim.py --mode invert --input photos --out inverted           # face -> noise -> face; interpolate --noise inverted
+  python p3_ddim.py --mode train --data hw2_data                           # a 64x64 network of one's own
+  python p3_ddim.py --mode sample --sampler dpm++ --out faces              # 1000 faces of it
+  python p3_ddim.py --mode invert --input photos --out inverted            # face -> noise -> face
 
-Network and sampler agree with values of the course's original network (tests/test_p3.py). Own training on real faces, --seed 0, 14,792 steps, 269 minutes
-on two Xeon cores, shared: Frechet distance on EfficientNet-Lite0 110.2, face rate 97.3 % (1000 images, dpm++), not trained to the end. README.md has the tables.
+Real faces, --seed 0, 1000 images by dpm++: Frechet distance on EfficientNet-Lite0 110.2, face rate
+97.3 %. 14,792 steps took 269 minutes on 2 shared Xeon cores. README.md has the tables.
 """
+
+# SPDX-License-Identifier: MIT
 import argparse
-import csv
 import json
 import math
 import os
+import re
 import signal
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -33,31 +37,33 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-try:
-    from tqdm import tqdm
-except ImportError:  # the file copied alone runs without progress bars
-    class tqdm:
-        def __init__(self, *_, **__):
-            self.update = self.close = self.set_postfix = lambda *_, **__: None
-
 T = 1000
-LAST = 40  # dpm_solver's `last` with one's own network: of 0, 20, 40 and 60 it has the lowest Frechet distance at 64x64 (228, 180, 169 and 171, 500 faces)
+SAMPLERS = ("ddim", "dpm++", "ddpm")
+LAST = 40  # dpm++'s last time, own network: distances of 500 faces are 228, 180, 169, 171 at 0, 20, 40, 60
 
 
-def fail(message, code=2):
-    """One line on standard error; exit code 2: wrong usage or input, 1: a failed run."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+# ---------------- networks ----------------
 
 
-# ------------------------------------------------------------------ network
+def init(layer, scale=1.0):
+    """Uniform, variance scale / mean of fan-in and fan-out; bias 0. 1e-10 starts a branch at zero."""
+    nn.init.xavier_uniform_(layer.weight, math.sqrt(scale))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv3x3(c_in, c_out, stride=1, scale=1.0):
+    """3x3 convolution that keeps height and width, or halves them at stride 2."""
+    return init(nn.Conv2d(c_in, c_out, 3, stride, padding=1), scale)
+
 
 class TimeEmbedding(nn.Module):
     """Integer steps (B,) -> (B, channels): sine of all frequencies, then cosine."""
 
     def __init__(self, channels):
         super().__init__()
-        self.register_buffer("inv_freq", torch.exp(-math.log(10000) * torch.arange(0, channels, 2) / channels))
+        exponents = torch.arange(0, channels, 2) / channels
+        self.register_buffer("inv_freq", torch.exp(-math.log(10000) * exponents))
 
     def forward(self, t):
         angles = t.float()[:, None] * self.inv_freq
@@ -65,13 +71,16 @@ class TimeEmbedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm-SiLU-conv twice, with the time embedding added in between, and a skip connection."""
+    """GroupNorm, SiLU, convolution, twice; the time embedding is added in between."""
 
     def __init__(self, c_in, c_out, c_time, dropout):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(32, c_in), conv3x3(c_in, c_out)
+        self.norm1 = nn.GroupNorm(32, c_in)
+        self.conv1 = conv3x3(c_in, c_out)
         self.time = nn.Sequential(nn.SiLU(), init(nn.Linear(c_time, c_out)))
-        self.norm2, self.dropout, self.conv2 = nn.GroupNorm(32, c_out), nn.Dropout(dropout), conv3x3(c_out, c_out, scale=1e-10)
+        self.norm2 = nn.GroupNorm(32, c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = conv3x3(c_out, c_out, scale=1e-10)
         self.skip = init(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out else nn.Identity()
 
     def forward(self, x, time):
@@ -81,11 +90,12 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all positions, scaled by the root of the channels, with a skip connection."""
+    """Single-head self-attention over all positions, with a skip connection."""
 
     def __init__(self, channels):
         super().__init__()
-        self.norm, self.qkv = nn.GroupNorm(32, channels), init(nn.Conv2d(channels, 3 * channels, 1))
+        self.norm = nn.GroupNorm(32, channels)
+        self.qkv = init(nn.Conv2d(channels, 3 * channels, 1))
         self.out = init(nn.Conv2d(channels, channels, 1), scale=1e-10)
 
     def forward(self, x):
@@ -106,114 +116,157 @@ class Block(nn.Module):
         return self.attention(self.resblocks(x, time))
 
 
-def init(layer, scale=1.0):
-    """Uniform with variance scale / mean of fan-in and fan-out, zero bias; 1e-10 makes a branch start as zero."""
-    nn.init.xavier_uniform_(layer.weight, math.sqrt(scale))
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def conv3x3(c_in, c_out, stride=1, scale=1.0):
-    """3x3 convolution that keeps height and width, or halves them at stride 2."""
-    return init(nn.Conv2d(c_in, c_out, 3, stride, padding=1), scale)
-
-
 class UNet(nn.Module):
-    """The 2023 course's face network; with the default arguments its UNet.pt loads strictly (113,673,219 parameters, 427 entries).
+    """The 2023 course's face network (113,673,219 parameters); without arguments it takes its UNet.pt.
 
-    forward(x, t): x (B, 3, H, W) noisy image, H and W multiples of self.factor, t (B,) integer step -> (B, 3, H, W), eps in the course's.
-    channel: base width; multipliers: width of each level in units of it; blocks: residual blocks per level; attention: strides with attention;
-    patch: patch x patch pixels are folded into channels at the entrance (space to depth), which makes everything cheaper by its square.
+    forward(x, t): noisy images x (B, 3, H, W), integer steps t (B,) -> eps or v (B, 3, H, W).
+
+    channels: one width per resolution, multiples of 32. blocks: residual blocks at each.
+    attention: the strides (1 at the entrance) with attention.
+    patch: patch x patch pixels are folded into channels at the entrance (space to depth).
     """
 
-    def __init__(self, channel=128, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention=(16,), dropout=0.0, patch=1):
+    def __init__(
+        self, channels=(128, 128, 256, 256, 512, 512), blocks=2, attention=(16,), dropout=0.0, patch=1
+    ):
         super().__init__()
-        c_time, self.patch, self.factor = 4 * channel, patch, patch * 2 ** (len(multipliers) - 1)
-        self.time = nn.Sequential(TimeEmbedding(channel), init(nn.Linear(channel, c_time)), nn.SiLU(), init(nn.Linear(c_time, c_time)))
-        down, up, widths, c = [conv3x3(3 * patch**2, channel)], [], [channel], channel
-        for level, m in enumerate(multipliers):
+        self.patch = patch
+        c = channels[0]
+        c_time = 4 * c
+        self.time = nn.Sequential(
+            TimeEmbedding(c), init(nn.Linear(c, c_time)), nn.SiLU(), init(nn.Linear(c_time, c_time))
+        )
+        down = [conv3x3(3 * patch**2, c)]
+        skips = [c]
+        for level, width in enumerate(channels):
             for _ in range(blocks):
-                down.append(Block(c, c := channel * m, c_time, dropout, 2**level in attention))
-                widths.append(c)
-            if level < len(multipliers) - 1:
+                down.append(Block(c, width, c_time, dropout, 2**level in attention))
+                c = width
+                skips.append(c)
+            if level < len(channels) - 1:
                 down.append(nn.Sequential(conv3x3(c, c, stride=2)))  # halves H and W
-                widths.append(c)
-        middle = [Block(c, c, c_time, dropout, True), Block(c, c, c_time, dropout)]
-        for level, m in reversed(list(enumerate(multipliers))):
+                skips.append(c)
+        middle = [Block(c, c, c_time, dropout, attention=True), Block(c, c, c_time, dropout)]
+        up = []
+        for level, width in reversed(list(enumerate(channels))):
             for _ in range(blocks + 1):
-                up.append(Block(c + widths.pop(), c := channel * m, c_time, dropout, 2**level in attention))
-            if level:
+                up.append(Block(c + skips.pop(), width, c_time, dropout, 2**level in attention))
+                c = width
+            if level > 0:
                 up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv3x3(c, c)))  # doubles H and W
-        self.names = [[f"{name}{i + 1}" for i in range(len(modules))] for name, modules in (("down", down), ("mid", middle), ("up", up))]  # the course's
-        for name, module in zip(sum(self.names, []), down + middle + up):
-            self.add_module(name, module)
+        for name, modules in (("down", down), ("mid", middle), ("up", up)):
+            for i, module in enumerate(modules, 1):
+                self.add_module(f"{name}{i}", module)  # down1, down2, ...: the course's names
         self.out = nn.Sequential(nn.GroupNorm(32, c), nn.SiLU(), conv3x3(c, 3 * patch**2, scale=1e-10))
 
+    def part(self, name):
+        """The modules name1, name2, ... in order."""
+        return [module for key, module in self.named_children() if key.startswith(name)]
+
     def forward(self, x, t):
-        time, skips, x = self.time(t), [], F.pixel_unshuffle(x, self.patch)
-        for name in self.names[0]:
-            module = getattr(self, name)
-            x = module(x, time) if isinstance(module, Block) else module(x)
-            skips.append(x)
-        for name in self.names[1]:
-            x = getattr(self, name)(x, time)
-        for name in self.names[2]:
-            module = getattr(self, name)
-            x = module(torch.cat([x, skips.pop()], 1), time) if isinstance(module, Block) else module(x)
-        return F.pixel_shuffle(self.out(x), self.patch)
+        time = self.time(t)  # (B, c_time)
+        h = F.pixel_unshuffle(x, self.patch)  # (B, 3 patch^2, H / patch, W / patch)
+        skips = []
+        for module in self.part("down"):
+            h = module(h, time) if isinstance(module, Block) else module(h)
+            skips.append(h)
+        for module in self.part("mid"):
+            h = module(h, time)
+        for module in self.part("up"):
+            if isinstance(module, Block):
+                h = module(torch.cat([h, skips.pop()], 1), time)
+            else:
+                h = module(h)
+        return F.pixel_shuffle(self.out(h), self.patch)  # (B, 3, H, W)
 
 
-# ------------------------------------------------------------------ schedule, loss, samplers
+def build(args):
+    """The network that `args` describes, on args.device."""
+    net = UNet(args.channels, args.blocks, args.attention, args.dropout, args.patch)
+    if args.device.type == "cuda":  # on CPUs GroupNorm is several times slower in channels_last
+        net = net.to(memory_format=torch.channels_last)
+    return net.to(args.device)
+
+
+# ---------------- schedule, loss, samplers ----------------
+
 
 def make_alpha_bar():
     """alpha_bar (1000,) in float64 of the course's utils.py: beta linear from 1e-4 to 0.02."""
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)
 
 
-def slerp(a, b, weight):
-    """Spherical interpolation on the whole flattened tensor; 0 gives a, 1 gives b; parallel ones as torch.lerp, which lets the norm fall to 0.7 of theirs between two normal noises."""
-    theta = torch.acos(((a * b).sum() / (a.norm() * b.norm())).clamp(-1, 1))
-    if not theta.sin() > 1e-6:  # nan for a tensor of zeros
-        return torch.lerp(a, b, weight)
-    return torch.sin((1 - weight) * theta) / torch.sin(theta) * a + torch.sin(weight * theta) / torch.sin(theta) * b
-
-
 def diffusion_loss(model, x0, alpha_bar, gamma):
-    """Mean squared error of v = a eps - s x0 (2202.00512) at random steps, stratified over the batch. x0: float (B, 3, H, W) in [-1, 1].
+    """Mean squared error of the network's v (2202.00512) at random steps, stratified over the batch.
 
-    Weighted by min(snr, gamma) on the error of x0 (2303.09556), which is 1 / (snr + 1) times that of v; gamma 0: unweighted.
+    x0: float (B, 3, H, W) in [-1, 1]. gamma: min-SNR weights (2303.09556); 0 leaves all weights at 1.
     """
     b = len(x0)
-    t = ((torch.rand(1, device=x0.device) + torch.arange(b, device=x0.device) / b) % 1 * T).long().clamp(max=T - 1)
-    a, s = (v.float().view(-1, 1, 1, 1) for v in (alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()))
+    u = (torch.rand(1, device=x0.device) + torch.arange(b, device=x0.device) / b) % 1
+    t = (u * T).long().clamp(max=T - 1)
+    a = alpha_bar[t].sqrt().float().view(-1, 1, 1, 1)
+    s = (1 - alpha_bar[t]).sqrt().float().view(-1, 1, 1, 1)
     eps = torch.randn_like(x0)
-    error = (model(a * x0 + s * eps, t).float() - (a * eps - s * x0)).square().mean((1, 2, 3))
+    out = model(a * x0 + s * eps, t).float()
+    error = (out - (a * eps - s * x0)).square().mean((1, 2, 3))
+    if gamma == 0:
+        return error.mean()
+    # min(snr, gamma) weighs the error of x0, which is 1 / (snr + 1) times that of v
     snr = alpha_bar[t] / (1 - alpha_bar[t])
-    return (error * (snr.clamp(max=gamma) / (snr + 1)).float()).mean() if gamma else error.mean()
+    return ((snr.clamp(max=gamma) / (snr + 1)).float() * error).mean()
 
 
-def ddim_times(steps):
-    """The course's time steps: 1, 21, ..., 981 for 50, and 0, where the last update ends. steps: a divisor of 1000."""
-    return [0, *range(1, T, T // steps)]
+def predictor(model, alpha_bar, prediction, bf16=False, clamp=True):
+    """The function predict(x, t) -> (x0, eps) that the samplers call; x (B, 3, H, W), t an int.
 
-
-def predict_x0(x, eps, a, clamp=True):
-    """The image behind x of alpha_bar a, clamped to [-1, 1]."""
-    x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
-    return x0.clamp(-1, 1) if clamp else x0
-
-
-def ddim(eps_model, x, alpha_bar, steps=50, eta=0.0, noise=None, clamp=True):
-    """The course's DDIM (2010.02502, equation 12): the last alpha_bar is alpha_bar[0], not 1.
-
-    eps_model(x, t) -> eps; x0 is clamped and eps is not computed again after that; noise() -> like x is needed for eta > 0.
-    clamp False: the plain formula, which ddim_inverse undoes.
+    prediction: what the network predicts, "eps" or "v".
+    x0 is clamped to [-1, 1]; as in the course's recipe, eps stays what the network says.
+    clamp=False: the plain formula, which ddim_inverse undoes.
     """
-    times = ddim_times(steps)[::-1]
-    for t, s in zip(times, times[1:]):
-        a, b = alpha_bar[t].item(), alpha_bar[s].item()
-        eps = eps_model(x, t)
-        x0 = predict_x0(x, eps, a, clamp)
+
+    def predict(x, t):
+        time = torch.full((len(x),), t, device=x.device)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            out = model(x, time)
+        out = out.float()
+        a = alpha_bar[t].sqrt().item()
+        s = (1 - alpha_bar[t]).sqrt().item()
+        eps = out if prediction == "eps" else a * out + s * x
+        x0 = (x - s * eps) / a
+        if clamp:
+            x0 = x0.clamp(-1, 1)
+        return x0, eps
+
+    return predict
+
+
+# Each sampler calls predict(x, t) -> (x0, eps) once at each of the decreasing integer `times`.
+# The last update ends at alpha_bar = 1, at the image itself; ddim's at `end`.
+
+
+def ddpm(predict, x, alpha_bar, times, noise):
+    """Ancestral sampling with the posterior's variance (2006.11239, equations 6 and 7).
+
+    x: normal noise (B, 3, H, W). noise() returns fresh noise like x. Returns images in [-1, 1].
+    """
+    levels = [*alpha_bar[times].tolist(), 1.0]
+    for t, a, b in zip(times, levels, levels[1:]):
+        x0, _ = predict(x, t)
+        beta = 1 - a / b
+        mean = math.sqrt(b) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * (1 - b) / (1 - a) * x
+        x = mean + math.sqrt((1 - b) / (1 - a) * beta) * noise()
+    return x
+
+
+def ddim(predict, x, alpha_bar, times, eta=0.0, noise=None, end=1.0):
+    """DDIM (2010.02502, equation 12); x: noise (B, 3, H, W). Returns images in about [-1, 1].
+
+    eta: 0 is deterministic, 1 as noisy as ddpm. noise() -> like x is needed for eta > 0.
+    end: the alpha_bar of the result.
+    """
+    levels = [*alpha_bar[times].tolist(), end]
+    for t, a, b in zip(times, levels, levels[1:]):
+        x0, eps = predict(x, t)
         sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
         x = math.sqrt(b) * x0 + math.sqrt(1 - b - sigma**2) * eps
         if sigma > 0:
@@ -221,569 +274,988 @@ def ddim(eps_model, x, alpha_bar, steps=50, eta=0.0, noise=None, clamp=True):
     return x
 
 
-def ddim_inverse(eps_model, x, alpha_bar, steps=50, iterations=3):
-    """The noise from which ddim with eta 0 and without clamping makes the image x: each of its steps solved for its starting point by fixed-point iteration.
+def ddim_inverse(predict, x, alpha_bar, times, iterations=3, end=1.0):
+    """The noise from which `ddim` with the same times and end, eta 0 and no clamping makes the image x.
 
-    iterations: calls of eps_model per step (2312.12540); with 1 it is the usual inversion, which takes eps at the end of the step.
+    Each step is solved for its starting point by fixed-point iteration (2312.12540).
+    iterations: network calls per step; 1 is the usual inversion, which takes eps at the step's end.
     """
-    times = ddim_times(steps)
-    for s, t in zip(times, times[1:]):
-        a, b = alpha_bar[t].item(), alpha_bar[s].item()
+    levels = [*alpha_bar[times].tolist(), end]
+    for t, a, b in reversed(list(zip(times, levels, levels[1:]))):
         start = x
         for _ in range(iterations):
-            eps = eps_model(start, t)
+            _, eps = predict(start, t)
             start = math.sqrt(a / b) * (x - math.sqrt(1 - b) * eps) + math.sqrt(1 - a) * eps
         x = start
     return x
 
 
-def dpm_times(alpha_bar, steps, last=0):
-    """`steps` times from 999 to `last`, evenly spaced in log-SNR lambda_ (fewer where two fall on the same integer). At 20 steps even spacing in t errs ten times as much."""
+def dpm_solver(predict, x, alpha_bar, times):
+    """DPM-Solver++(2M) (2211.01095, algorithm 2); x: noise (B, 3, H, W). Returns images in [-1, 1]."""
+    a = alpha_bar.sqrt().tolist()
+    s = (1 - alpha_bar).sqrt().tolist()
+    before = None  # (h, x0) of the step before
+    for t, t_next in zip(times, times[1:]):
+        x0, _ = predict(x, t)
+        h = math.log(a[t_next] / s[t_next]) - math.log(a[t] / s[t])  # the step in log-SNR
+        direction = x0
+        if before is not None:  # second order: x0 extrapolated to the middle of the step
+            direction = x0 + (x0 - before[1]) * h / (2 * before[0])
+        x = s[t_next] / s[t] * x - a[t_next] * math.expm1(-h) * direction
+        before = (h, x0)
+    return predict(x, times[-1])[0]
+
+
+def ddim_times(calls):
+    """The course's times: 981, 961, ..., 21, 1 for 50 calls. Raises ValueError unless they are even."""
+    if calls < 2 or T % calls:
+        raise ValueError(f"--sample-steps {calls}: ddim expects a divisor of {T} from 2 on")
+    return list(range(1, T, T // calls))[::-1]
+
+
+def log_snr_times(alpha_bar, calls, last):
+    """Times from T - 1 down to `last`, evenly spaced in log-SNR; fewer than `calls` where two coincide."""
     lambda_ = (alpha_bar / (1 - alpha_bar)).log() / 2
-    grid = torch.linspace(lambda_[-1], lambda_[last], steps, dtype=torch.float64)
+    grid = torch.linspace(lambda_[-1], lambda_[last], calls, dtype=torch.float64)
     return (lambda_[:, None] - grid).abs().argmin(0).unique().flip(0).tolist()
 
 
-def dpm_solver(eps_model, x, alpha_bar, steps, last=0):
-    """DPM-Solver++(2M) over `steps` network calls (2211.01095, algorithm 2); the last one's x0, at time `last`, is the result.
-
-    A `last` above 0 leaves the finest noise to one call: a small network makes it into cleaner texture than many small steps do.
-    """
-    times = dpm_times(alpha_bar, steps, last)
-    a, s = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
-    lambda_ = [math.log(p / q) for p, q in zip(a, s)]
-    before = None  # (h, x0) of the step before
-    for t, t_next in zip(times, times[1:]):
-        x0, h = predict_x0(x, eps_model(x, t), a[t] ** 2), lambda_[t_next] - lambda_[t]
-        d = x0 if before is None else x0 + (x0 - before[1]) * h / (2 * before[0])
-        x = s[t_next] / s[t] * x - a[t_next] * math.expm1(-h) * d
-        before = h, x0
-    return predict_x0(x, eps_model(x, times[-1]), a[times[-1]] ** 2)
-
-
-def ddpm(eps_model, x, alpha_bar, noise):
-    """Ancestral sampling over all 1000 steps with the posterior's variance (2006.11239, equations 6 and 7). noise() -> like x."""
-    for t in range(T - 1, 0, -1):
-        a, b = alpha_bar[t].item(), alpha_bar[t - 1].item()
-        x0, beta = predict_x0(x, eps_model(x, t), a), 1 - a / b
-        x = math.sqrt(b) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * (1 - b) / (1 - a) * x + math.sqrt((1 - b) / (1 - a) * beta) * noise()
-    return predict_x0(x, eps_model(x, 0), alpha_bar[0].item())
-
-
-def to_uint8(x, min_max=True):
-    """Floats (N, 3, H, W) to 0..255, rounded as torchvision's save_image does, on the CPU.
-
-    min_max: each image scaled by its own minimum and maximum over all channels, as the course does; else from [-1, 1].
-    """
-    low, high = (x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)) if min_max else (x.new_tensor(-1.0), x.new_tensor(1.0))
-    return (((x - low) / (high - low).clamp(min=1e-5)) * 255 + 0.5).clamp(0, 255).to(torch.uint8).cpu()
-
-
-# ------------------------------------------------------------------ train
-
-def bf16_available(device):
-    """True where bfloat16 is fast: CUDA compute capability 8 and later, CPUs with AMX or AVX512-BF16."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
-NETWORK = ("size", "channel", "multipliers", "blocks", "attention", "dropout", "patch")
-TRAINING = ("batch_size", "lr", "gamma", "seed", "images")
-KEYS = {"script", "args", "ema"}  # of a checkpoint that samples; --resume needs the rest as well
-
-
-def build(args):
-    """The network that `args` describes, on its device."""
-    model = UNet(args.channel, args.multipliers, args.blocks, args.attention, args.dropout, args.patch)
-    # channels_last on GPUs only: on CPUs GroupNorm is several times slower in it
-    return model.to(args.device, memory_format=torch.channels_last if args.device.type == "cuda" else torch.preserve_format)
-
-
-def save_checkpoint(args, model, ema, optim, step, seconds, log):
-    """Writes all that training needs to go on, and log.csv, whole or not at all. Returns what went wrong, or None."""
-    if args.rank:
-        return None
-    path, temporary = Path(args.ckpt), Path(f"{args.ckpt}.tmp")
-    rng = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(args.device)} if args.device.type == "cuda" else {})}
-    state = {"script": "p3_ddim", "args": {k: getattr(args, k) for k in NETWORK + TRAINING}, "step": step, "seconds": seconds,
-             "model": model.state_dict(), "ema": ema.state_dict(), "optim": optim.state_dict(), "rng": rng, "log": log}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", newline="") as f:
-            csv.writer(f).writerows([("step", "loss", "images_per_s", "seconds"), *log])
-        os.replace(temporary, path.with_suffix(".log.csv"))
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
-        temporary.unlink(missing_ok=True)
-        return f"--ckpt {path}: cannot be written ({e}); an older checkpoint there is unchanged"
-
-
-def load_checkpoint(args):
-    """The dict in --ckpt, read without running code from it: a checkpoint of --mode train, or the course's state dict."""
-    path = args.ckpt
-    if not Path(path).is_file():
-        fail(f"--ckpt {path}: no such file; make one with: python p3_ddim.py --mode train --data DIR --ckpt {path}; or give the course's UNet.pt")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch.load raises many types for damaged or hostile files
-        fail(f"--ckpt {path}: not a readable checkpoint or state dict ({type(e).__name__})")
-    if isinstance(ckpt, dict) and "script" in ckpt and (ckpt["script"] != "p3_ddim" or KEYS - ckpt.keys() or not isinstance(ckpt["args"], dict) or set(NETWORK + TRAINING) - ckpt["args"].keys()):
-        fail(f"--ckpt {path}: not a checkpoint of this p3_ddim.py; found {ckpt['script']}")
-    return ckpt
-
-
-def resume(args, model, ema, optim):
-    """Loads --ckpt into the training state; returns step, seconds and log. Differing settings are refused, not ignored."""
-    ckpt = load_checkpoint(args)
-    if not isinstance(ckpt, dict) or {"script", "optim"} - ckpt.keys():
-        fail(f"--resume: {args.ckpt} holds a network alone, without the state of training; give another --ckpt")
-    differ = [f"{k} {getattr(args, k)} (checkpoint: {ckpt['args'][k]})" for k in NETWORK + TRAINING if getattr(args, k) != ckpt["args"][k]]
-    if differ:
-        fail(f"--resume with other settings than {args.ckpt}: {', '.join(differ)}; pass the checkpoint's, or another --ckpt")
-    model.load_state_dict(ckpt["model"])
-    ema.load_state_dict(ckpt["ema"])
-    optim.load_state_dict(ckpt["optim"])
-    torch.set_rng_state(ckpt["rng"]["cpu"])
-    if args.device.type == "cuda" and "cuda" in ckpt["rng"]:
-        torch.cuda.set_rng_state(ckpt["rng"]["cuda"], args.device)
-    return ckpt["step"], ckpt["seconds"], ckpt["log"]
+# ---------------- train ----------------
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Power-function average over about the last tenth of training, however long (2312.02696, equation 15); there are no buffers that change."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - (1 - 1 / step) ** 17)
+    """Power-function average over about the last tenth of training (2312.02696, equation 15)."""
+    weight = 1 - (1 - 1 / step) ** 17
+    for average, parameter in zip(ema.parameters(), model.parameters()):
+        average.lerp_(parameter, weight)
 
 
-def train(args):
-    """Trains on face/train for --steps steps; Ctrl-C saves and exits with 130."""
-    from common import any_process, claim_checkpoint, join_processes, load_faces
-    join_processes(args)
-    if args.rank == 0:
-        claim_checkpoint(args.ckpt, args.resume)
-    images = load_faces(args.data, "train", args.size).to(args.device)
-    args.images = [len(images), images.sum().item()]  # --resume asks for the same
+def train(args, images, labels=None):
+    """Trains for args.steps steps, writes args.ckpt, returns the EMA network in eval mode.
+
+    images: uint8 (N, 3, H, H) of any H that the network can halve. labels: not used.
+    args: parse_args([...]).
+    Raises ValueError, FloatingPointError (loss not finite), KeyboardInterrupt (after Ctrl-C; saved).
+    """
+    check_training_set(args, images)
     torch.manual_seed(args.seed)
-    model, ema = build(args), build(args)
+    model = build(args)
+    ema = build(args)
     ema.load_state_dict(model.state_dict())
     optim = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    step, seconds, log = resume(args, model, ema, optim) if args.resume else (0, 0.0, [])
+    run = Run(args, images, model=model, ema=ema, optim=optim)
+    net = run.parallel(model)
+    images = images.to(args.device)
     alpha_bar = make_alpha_bar().to(args.device)
-    net = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
-    if args.rank:
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, step, args.rank]).generate_state(1)[0]))  # every process draws images and noise of its own
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images of {args.size}x{args.size}, "
-          f"{args.steps * args.batch_size / len(images):.0f} epochs, {args.device}, {'bf16' if args.bf16 else 'float32'}", flush=True)
-    stop = []
-    handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", disable=args.rank > 0, mininterval=1 if sys.stderr.isatty() else 60)
-    start = saved = time.perf_counter()
-    total, count, last, done = 0.0, 0, seconds, step >= args.steps
-    try:
-        while not done:
-            x0 = images[torch.randint(len(images), (args.batch_size // args.world,), device=args.device)].float() / 127.5 - 1
-            x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=args.device) < 0.5, x0.flip(3), x0)
-            # warm-up, then 1/sqrt decay: like the EMA it does not depend on --steps, so that a run can be prolonged (2312.02696)
-            optim.param_groups[0]["lr"] = args.lr * min((step + 1) / 200, 1) / max(step / 5000, 1) ** 0.5
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-                loss = diffusion_loss(net, x0, alpha_bar, args.gamma)
-            optim.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optim.step()
-            step += 1
-            update_ema(ema, model, step)
-            total, count = total + loss.detach() + 0 * norm, count + 1  # 0 * inf is NaN: gradients are checked with the loss
-            bar.update()
-            done, due = step == args.steps or any_process(stop, args), time.perf_counter() - saved > 120
-            if step % min(100, max(10, args.steps // 20)) == 0 or done or due:
-                mean, now = total.item() / count, seconds + time.perf_counter() - start
-                if not math.isfinite(mean):
-                    fail(f"loss is {mean} at step {step}; {args.ckpt} keeps the last good state, if any; try a lower --lr", code=1)
-                log.append((step, round(mean, 5), round(count * args.batch_size / max(now - last, 1e-9), 1), round(now, 1)))
-                bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{log[-1][2]:.0f}")
-                total, count, last = 0.0, 0, now
-                if due and (problem := save_checkpoint(args, model, ema, optim, step, now, log)):
-                    print(f"warning: {problem}; training goes on", file=sys.stderr)
-                saved = time.perf_counter() if due else saved
-        seconds += time.perf_counter() - start
-        if problem := save_checkpoint(args, model, ema, optim, step, seconds, log):
-            fail(problem)
-    finally:
-        bar.close()
-        if args.world > 1:
-            dist.destroy_process_group()
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
-    print(f"{args.ckpt}: step {step}, {seconds:.0f} s of training")
-    if step < args.steps:
-        print("stopped; go on with --resume", file=sys.stderr)
-        raise SystemExit(130)
+    for step in run:
+        i = torch.randint(len(images), (args.batch_size // args.world,), device=args.device)
+        x0 = images[i].float() / 127.5 - 1
+        flipped = torch.rand(len(i), 1, 1, 1, device=args.device) < 0.5
+        x0 = torch.where(flipped, x0.flip(3), x0)
+
+        # warm-up, then 1 / sqrt decay (2312.02696); like the EMA it does not depend on args.steps
+        optim.param_groups[0]["lr"] = args.lr * min(step / 200, 1) / max((step - 1) / 5000, 1) ** 0.5
+        # minimise the squared error of the predicted v
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            loss = diffusion_loss(net, x0, alpha_bar, args.gamma)
+        optim.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optim.step()
+        update_ema(ema, model, step)
+        run.record(loss=loss, gradient=norm)
+    return ema.eval()
 
 
-# ------------------------------------------------------------------ sample
+# ---------------- sample ----------------
 
-def load_model(args):
-    """The network of --ckpt in eval mode: the course's UNet.pt, or the EMA network of a checkpoint of --mode train, whose settings `args` takes.
 
-    Sets args.own, which says which of the two it is: the course's predicts eps, runs in float32 and its images are scaled by minimum and maximum;
-    ours predicts v, runs in --precision, and its images are in [-1, 1].
+class Noise:
+    """Normal noise of `shape` for each image; every call draws anew, from a generator for each image.
+
+    keys: a tuple of integers for each image; its noise depends on (seed, key) alone.
     """
-    state = load_checkpoint(args)
-    args.own = isinstance(state, dict) and "script" in state
-    if args.own:
-        vars(args).update({k: state["args"][k] for k in NETWORK})
-        state, model = state["ema"], build(args)
-    else:
-        args.size, args.bf16, model = args.size or 256, False, UNet()
-    wanted = {name: value.shape for name, value in model.state_dict().items()}
-    found = {name: getattr(value, "shape", None) for name, value in state.items()} if isinstance(state, dict) else {}
-    for what, names in (("missing", wanted.keys() - found.keys()), ("unknown", found.keys() - wanted.keys()),
-                        ("of another shape", {n for n in wanted.keys() & found.keys() if wanted[n] != found[n]})):
-        if names:
-            fail(f"--ckpt {args.ckpt}: {len(names)} entries {what}, for instance {', '.join(sorted(names)[:3])}; expected the {len(wanted)} of the course's UNet.pt")
-    model.load_state_dict(state)
-    if args.size % model.factor:
-        fail(f"--size {args.size}: expected a multiple of {model.factor}, so that the network can halve it often enough")
-    return model.to(args.device).eval()
+
+    def __init__(self, keys, shape, seed=0, device="cpu"):
+        self.generators = [np.random.default_rng([seed, *key]) for key in keys]
+        self.shape = shape
+        self.device = device
+
+    def __call__(self):
+        draws = [g.standard_normal(self.shape, np.float32) for g in self.generators]
+        return torch.from_numpy(np.stack(draws)).to(self.device)
 
 
-def image_noise(args, *key):
-    """A generator of normal noise for an image, the same whatever batch it is in. key: its number, and 1 for what the sampler adds on the way."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([args.seed, *key]).generate_state(1)[0]))
+def to_uint8(x):
+    """[-1, 1] -> 0..255, rounded, on the CPU."""
+    return ((x.clamp(-1, 1) + 1) / 2 * 255).round().to(torch.uint8).cpu()
 
 
-def load_noises(args, model, count=None):
-    """(names, tensor (N, 3, H, W) on the CPU) of all *.pt in --noise, or of the first `count`; without --noise, those that --mode noise would write, --num of them."""
-    if args.noise is None:
-        count = count or args.num
-        names = [f"{i:04d}" for i in range(count)]
-        return names, torch.cat([torch.randn(1, 3, args.size, args.size, generator=image_noise(args, i)) for i in range(count)])
-    paths = sorted(Path(args.noise).glob("[!.]*.pt"))[:count]
-    if len(paths) < (count or 1):
-        fail(f"--noise {args.noise}: found {len(paths)} files *.pt, expected at least {count or 1}; make ten in another folder with --mode noise --out FOLDER")
-    noises = []
-    for path in paths:
-        try:
-            noise = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as e:
-            fail(f"{path}: not a readable tensor ({type(e).__name__})")
-        found = f"{tuple(noise.shape)} {noise.dtype}" if isinstance(noise, torch.Tensor) else type(noise).__name__
-        if not (found.endswith("float32") and noise.ndim == 4 and noise.shape[:2] == (1, 3)) or any(s % model.factor for s in noise.shape[2:]):
-            fail(f"{path}: found {found}, expected (1, 3, H, W) torch.float32 with H and W multiples of {model.factor}")
-        noises.append(noise)
-        if noise.shape != noises[0].shape:
-            fail(f"{path}: found {found}, expected {tuple(noises[0].shape)} as in {paths[0]}")
-    return [p.stem for p in paths], torch.cat(noises)
+def min_max_uint8(x):
+    """Each image of (N, 3, H, W) from its minimum and maximum to 0..255, rounded as save_image does."""
+    low = x.amin((1, 2, 3), keepdim=True)
+    high = x.amax((1, 2, 3), keepdim=True)
+    x = (x - low) / (high - low).clamp(min=1e-5)
+    return (x * 255 + 0.5).clamp(0, 255).to(torch.uint8).cpu()
 
 
-def predictor(model, args, alpha_bar, calls):
-    """eps_model(x, t int) -> eps float32 that the samplers call, with a bar over `calls` network calls and a line that says how long they will take."""
-    done, start = 0, 0.0
-    bar = tqdm(total=calls, desc="network", unit="call", mininterval=1 if sys.stderr.isatty() else 60)
-
-    def eps_model(x, t):
-        nonlocal done, start
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-            out = model(x, torch.full((len(x),), t, device=x.device)).float()
-        done += 1
-        bar.update()
-        if done <= 2:
-            out.sum().item()  # waits for a GPU
-            if done == 2:  # the first call is slower
-                print(f"about {(time.perf_counter() - start) * calls:.0f} s for {calls} network calls on {x.device}", flush=True)
-            start = time.perf_counter()
-        if done == calls:
-            bar.close()
-        return math.sqrt(alpha_bar[t]) * out + math.sqrt(1 - alpha_bar[t]) * x if args.own else out  # v -> eps
-
-    return eps_model
+def sampling_times(settings, sampler, calls):
+    """The decreasing times at which `generate` calls the network. Raises ValueError."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"--sampler {sampler}: expected one of {', '.join(SAMPLERS)}")
+    if sampler == "ddpm":
+        return list(range(T))[::-1]
+    if sampler == "ddim":
+        return ddim_times(calls)
+    # a last time above 0 leaves the finest noise to one call, which a small network does better
+    last = 0 if settings.course else LAST
+    return log_snr_times(make_alpha_bar(), calls, last)
 
 
 @torch.inference_mode()
-def generate(model, noises, args, eta=0.0, numbers=None):
-    """Noises (N, 3, H, W) -> batches of images uint8 (B, 3, H, W), one after the other. What eta > 0 and ddpm add depends on --seed and the image's number alone (default: 0 to N - 1)."""
-    alpha_bar, size, numbers = make_alpha_bar(), batch_size(args, noises), numbers or range(len(noises))
-    eps_model = predictor(model, args, alpha_bar, math.ceil(len(noises) / size) * network_calls(args))
-    for i in range(0, len(noises), size):
-        x = noises[i:i + size].to(args.device)
-        generators = [image_noise(args, j, 1) for j in numbers[i:i + size]]
+def generate(model, settings, noise, keys=None, seed=0, sampler="ddim", calls=50, eta=0.0, bf16=False):
+    """Images uint8 (N, 3, H, W) on the CPU, from normal noise (N, 3, H, W), float32.
 
-        def noise():
-            return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device)
+    model, settings: of load_model. sampler: ddim, dpm++, ddpm; calls: of the network, for the first two.
+    eta: of ddim. ddpm and eta > 0 add noise, which depends on (seed, key of the image) alone.
+    keys: N tuples (default: (i, 1) for image i). Raises ValueError for noise that does not fit.
+    """
+    check_noise(noise, settings, "noise")
+    x = noise.to(settings.device)
+    if keys is None:
+        keys = [(i, 1) for i in range(len(x))]
+    added = Noise(keys, x.shape[1:], seed, settings.device)
+    alpha_bar = make_alpha_bar()
+    times = sampling_times(settings, sampler, calls)
+    predict = predictor(model, alpha_bar, settings.prediction, bf16)
+    if sampler == "ddpm":
+        x = ddpm(predict, x, alpha_bar, times, added)
+    elif sampler == "ddim":
+        x = ddim(predict, x, alpha_bar, times, eta, added, end=alpha_bar[0].item())
+    else:
+        x = dpm_solver(predict, x, alpha_bar, times)
+    return min_max_uint8(x) if settings.course else to_uint8(x)
 
-        if args.sampler == "ddim":
-            x = ddim(eps_model, x, alpha_bar, args.sample_steps, eta, noise)
-        else:
-            x = dpm_solver(eps_model, x, alpha_bar, args.sample_steps, LAST * args.own) if args.sampler == "dpm++" else ddpm(eps_model, x, alpha_bar, noise)
-        yield to_uint8(x, min_max=not args.own)
+
+# ---------------- evaluate and plots ----------------
 
 
-def batch_size(args, images):
-    """--batch-size, or as many images as have the pixels of five 256x256."""
-    return args.batch_size or max(1, 5 * 256**2 // math.prod(images.shape[2:]))
+class StartNoise:
+    """What images start from: the files of --noise, or noise drawn from --seed; read batch by batch.
+
+    names: of the images, without .png. shape: (3, H, W). All files are checked at once; raises ValueError.
+    count: the first so many; left out: all files, or --num images.
+    """
+
+    def __init__(self, args, settings, count=None):
+        self.args = args
+        self.settings = settings
+        if args.noise is None:
+            size = args.size or settings.size
+            check_size([size], settings, "--size")
+            self.shape = (3, size, size)
+            self.names = [f"{i:04d}" for i in range(count or args.num)]
+            return
+        self.paths = sorted(Path(args.noise).glob("[!.]*.pt"))[:count]
+        if len(self.paths) < (count or 1):
+            found = f"found {len(self.paths)} files *.pt, expected at least {count or 1}"
+            raise ValueError(f"--noise {args.noise}: {found}; --mode noise --out FOLDER makes ten")
+        self.names = [path.stem for path in self.paths]
+        shapes = {read_noise(path, settings).shape[1:] for path in self.paths}
+        if len(shapes) > 1:
+            found = sorted(tuple(shape) for shape in shapes)
+            raise ValueError(f"--noise {args.noise}: found noises of {found}, expected one shape")
+        self.shape = shapes.pop()
+
+    def __call__(self, numbers):
+        """Noise (B, 3, H, W) of the images with these numbers."""
+        if self.args.noise is None:
+            return Noise([(i,) for i in numbers], self.shape, self.args.seed)()
+        return torch.cat([read_noise(self.paths[i], self.settings) for i in numbers])
+
+
+class Watched:
+    """A network with a bar over its `calls`; after the second it says how long all of them will take."""
+
+    def __init__(self, model, calls):
+        self.model = model
+        self.calls = calls
+        self.done = 0
+        self.bar = progress_bar(calls, "network", "call")
+
+    def __call__(self, x, t):
+        start = time.perf_counter()
+        out = self.model(x, t)
+        self.done += 1
+        self.bar.update()
+        if self.done <= 2:
+            out.sum().item()  # waits for a GPU
+        if self.done == 2:  # the first call is slower
+            seconds = (time.perf_counter() - start) * self.calls
+            print(f"about {seconds:.0f} s for {self.calls} network calls on {x.device}", flush=True)
+        if self.done == self.calls:
+            self.bar.close()
+        return out
+
+
+def use_bf16(args, settings):
+    """--precision auto leaves the course's network in float32."""
+    return args.bf16 and (args.precision == "bf16" or not settings.course)
+
+
+def sampling(args, settings):
+    """The keyword arguments of `generate` that the command line sets, but eta."""
+    options = dict(seed=args.seed, sampler=args.sampler, calls=args.sample_steps)
+    return dict(options, bf16=use_bf16(args, settings))
+
+
+def network_calls(args, settings):
+    """How often the sampler calls the network for one image."""
+    return len(sampling_times(settings, args.sampler, args.sample_steps))
+
+
+def describe(args, settings):
+    """The sampler and its number of network calls, for titles."""
+    return f"{args.sampler}, {network_calls(args, settings)} steps"
+
+
+def batches(args, numbers, shape):
+    """`numbers` in groups of --batch-size, or of as many images as have the pixels of five 256x256."""
+    size = args.batch_size or max(1, 5 * 256**2 // math.prod(shape[-2:]))
+    return [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
 
 def sample(args):
-    """Writes NN.png for every NN.pt in --noise, or --num images."""
-    model, out = load_model(args), Path(args.out)
-    names, noises = load_noises(args, model)
-    out.mkdir(parents=True, exist_ok=True)
-    others = sorted(set(os.listdir(out)) - {f"{name}{suffix}" for name in names for suffix in (".png", ".tmp")})
-    if others and args.rank == 0:
-        print(f"warning: {out} holds {len(others)} other entries ({', '.join(others[:20])}{', ...' if others[20:] else ''}); use an empty folder", file=sys.stderr)
-    numbers, start = range(args.rank, len(names), args.world), time.perf_counter()
-    written = iter(numbers)
-    for images in generate(model, noises[args.rank::args.world], args, args.eta[0], numbers):
-        for image in images:
-            write(out / f"{names[next(written)]}.png", image)
-    print(f"{len(numbers)} images in {out}: {time.perf_counter() - start:.1f} s, {how(args)}")
+    """Writes NN.png into --out for every NN.pt in --noise, or --num images."""
+    model, settings = load_model(args.ckpt, args.device)
+    noise = StartNoise(args, settings)
+    out = Path(args.out)
+    prepare_folder(args, out, [f"{name}.png" for name in noise.names])
+    start = time.perf_counter()
+    mine = range(args.rank, len(noise.names), args.world)
+    groups = batches(args, mine, noise.shape)
+    network = Watched(model, len(groups) * network_calls(args, settings))
+    options = dict(sampling(args, settings), eta=args.eta[0])
+    for group in groups:
+        keys = [(i, 1) for i in group]
+        images = generate(network, settings, noise(group), keys, **options)
+        for i, image in zip(group, images):
+            write_png(out / f"{noise.names[i]}.png", image)
+    seconds = time.perf_counter() - start
+    print(f"{len(mine)} images in {out}: {seconds:.1f} s, {describe(args, settings)}")
 
 
-def network_calls(args):
-    """How often the sampler calls the network for one image."""
-    return {"ddpm": T, "ddim": args.sample_steps, "dpm++": len(dpm_times(make_alpha_bar(), args.sample_steps, LAST * args.own))}[args.sampler]
-
-
-def how(args):
-    """The sampler and its number of network calls, for titles."""
-    return f"{dict(zip(('ddim', 'dpm++', 'ddpm'), ('DDIM', 'DPM-Solver++(2M)', 'DDPM')))[args.sampler]}, {network_calls(args)} steps"
+def write_noise(args):
+    """Writes ten noises 00.pt ... 09.pt of shape (1, 3, --size, --size) into --out."""
+    paths = [Path(args.out) / f"{i:02d}.pt" for i in range(10)]
+    if any(path.exists() for path in paths):
+        raise ValueError(f"--out {args.out}: holds noises already; give another folder")
+    for i, path in enumerate(paths):
+        write_tensor(path, Noise([(i,)], (3, args.size, args.size), args.seed)())
 
 
 @torch.inference_mode()
 def invert(args):
-    """For each image of --input, writes the noise NN.pt that DDIM without clamping turns into it and what comes back as NN.png into --out; prints the PSNR of that."""
-    from common import is_image, read_image
+    """Writes the noise NN.pt of each image NN of --input, and what comes back as NN.png, into --out.
+
+    Neither way is clamped. Prints the PSNR of what comes back.
+    """
+    from common import list_images, read_images
+
     out = Path(args.out)
-    if not Path(args.input).is_dir():
-        fail(f"--input {args.input}: no such folder of images")
-    files = sorted(filter(is_image, Path(args.input).iterdir()))[:args.num]
-    if not files or len({p.stem for p in files}) < len(files) or out.resolve() == Path(args.input).resolve():
-        fail(f"--input {args.input}, --out {out}: expected PNG or JPEG images of different names before the dot, and another folder for what comes back")
-    model, alpha_bar = load_model(args), make_alpha_bar()
-    images = torch.from_numpy(np.stack([read_image(f, (args.size, args.size)) for f in files])).permute(0, 3, 1, 2).to(args.device)
-    out.mkdir(parents=True, exist_ok=True)
-    size, errors = batch_size(args, images), []
-    eps_model = predictor(model, args, alpha_bar, math.ceil(len(files) / size) * network_calls(args) * (args.iterations + 1))
-    for i in range(0, len(files), size):
-        batch = images[i:i + size]
-        noises = ddim_inverse(eps_model, batch / 127.5 - 1, alpha_bar, args.sample_steps, args.iterations)
-        back = to_uint8(ddim(eps_model, noises, alpha_bar, args.sample_steps, clamp=False), min_max=False)
-        errors += (back.double() - batch.cpu()).square().mean((1, 2, 3)).tolist()
-        for file, noise, image in zip(files[i:i + size], noises, back):
-            write(out / f"{file.stem}.pt", noise[None])
-            write(out / f"{file.stem}.png", image)
-    psnr = [10 * math.log10(255**2 / max(e, 1e-9)) for e in errors]
-    print(f"{len(files)} images in {out}: PSNR of the reconstruction {np.mean(psnr):.2f} dB, worst {min(psnr):.2f}, {how(args)}, {args.iterations} iterations")
+    paths = list_images(args.input)[: args.num]
+    if len({path.stem for path in paths}) < len(paths):
+        raise ValueError(f"--input {args.input}: expected images of different names before the dot")
+    if out.resolve() == Path(args.input).resolve():
+        raise ValueError(f"--out {out}: is --input; give another folder for what comes back")
+    model, settings = load_model(args.ckpt, args.device)
+    size = args.size or settings.size
+    check_size([size], settings, "--size")
+    images = read_images(paths, (size, size))
+    groups = batches(args, range(len(paths)), images.shape)
+    alpha_bar = make_alpha_bar()
+    times = ddim_times(args.sample_steps)
+    end = alpha_bar[0].item()
+    network = Watched(model, len(groups) * len(times) * (args.iterations + 1))
+    predict = predictor(network, alpha_bar, settings.prediction, use_bf16(args, settings), clamp=False)
+    psnr = []
+    for group in groups:
+        x = images[group].to(args.device) / 127.5 - 1
+        noises = ddim_inverse(predict, x, alpha_bar, times, args.iterations, end)
+        if not torch.isfinite(noises).all():
+            raise ValueError(f"--iterations {args.iterations}: the inversion diverges; try 1")
+        back = to_uint8(ddim(predict, noises, alpha_bar, times, end=end))
+        errors = (back.double() - images[group]).square().mean((1, 2, 3))
+        psnr += (10 * torch.log10(255**2 / errors.clamp(min=1e-9))).tolist()
+        for i, noise, image in zip(group, noises.cpu(), back):
+            write_tensor(out / f"{paths[i].stem}.pt", noise[None])
+            write_png(out / f"{paths[i].stem}.png", image)
+    quality = f"PSNR of the reconstruction {np.mean(psnr):.2f} dB, worst {min(psnr):.2f}"
+    how = f"{describe(args, settings)}, {args.iterations} iterations"
+    print(f"{len(paths)} images in {out}: {quality}, {how}")
 
-
-def write(path, data):
-    """A noise as .pt, or an image, uint8 (3, H, W), as .png: whole or not at all; OSError where that fails."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        if path.suffix == ".pt":
-            torch.save(data.cpu().clone(), temporary)
-        else:
-            Image.fromarray(data.permute(1, 2, 0).numpy()).save(temporary, "PNG")
-        os.replace(temporary, path)
-    except RuntimeError as e:  # what torch.save says of a full disk
-        raise OSError(None, str(e).splitlines()[0], str(path)) from e
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_noise(args):
-    """Writes ten noises 00.pt ... 09.pt of shape (1, 3, --size, --size)."""
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    paths = [Path(args.out) / f"{i:02d}.pt" for i in range(10)]
-    if any(path.exists() for path in paths):
-        fail(f"--out {args.out}: holds noises already; give another folder")
-    for i, path in enumerate(paths):
-        write(path, torch.randn(1, 3, args.size, args.size, generator=image_noise(args, i)))
-
-
-# ------------------------------------------------------------------ evaluate and plots
 
 def mse(args):
-    """Prints the mean squared error on the 0-255 scale, in float64, of each image of --input against --gt, and their mean."""
-    from common import read_image
-    for folder in (args.input, args.gt):
-        if not Path(folder).is_dir():
-            fail(f"{folder}: no such folder of images")
-    folders = [{p.name: p for p in sorted(Path(f).glob("*.png"))} for f in (args.input, args.gt)]
-    for folder, mine, other in ((args.input, *folders), (args.gt, *reversed(folders))):
-        missing = sorted(other.keys() - mine.keys())
-        if missing or not mine:
-            fail(f"{folder}: {len(missing)} images missing ({', '.join(missing[:3])}); expected the same file names in --input and --gt")
+    """Prints the mean squared error (0 to 255, float64) of each image of --input against --gt."""
+    from common import list_images, read_image
+
+    mine = {path.name: path for path in list_images(args.input)}
+    truth = {path.name: path for path in list_images(args.gt)}
+    for folder, names, others in ((args.input, mine, truth), (args.gt, truth, mine)):
+        missing = sorted(others.keys() - names.keys())
+        if missing:
+            found = f"{len(missing)} images missing ({', '.join(missing[:3])})"
+            raise ValueError(f"{folder}: {found}; expected the same file names in --input and --gt")
     errors = []
-    for name in folders[0]:
-        a, b = (read_image(f[name]).astype(np.float64) for f in folders)
+    for name, path in mine.items():
+        a = read_image(path).astype(np.float64)
+        b = read_image(truth[name]).astype(np.float64)
         if a.shape != b.shape:
-            fail(f"{name}: {a.shape[1]}x{a.shape[0]} in --input, {b.shape[1]}x{b.shape[0]} in --gt")
-        errors.append(((a - b) ** 2).mean())
+            found = f"{a.shape[1]}x{a.shape[0]} in --input, {b.shape[1]}x{b.shape[0]} in --gt"
+            raise ValueError(f"{name}: {found}; expected the same size")
+        errors.append(float(((a - b) ** 2).mean()))
         print(f"{name}  {errors[-1]:.4f}")
-    print(f"mean {np.mean(errors):.4f}  largest {max(errors):.4f}  (the course's baseline: 20)")
+    result = {"n": len(errors), "mse": float(np.mean(errors)), "largest": max(errors)}
+    print(f"mean {result['mse']:.4f}  largest {result['largest']:.4f}  (the course's baseline: 20)")
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps({"n": len(errors), "mse": float(np.mean(errors)), "largest": max(errors)}, indent=1))
+        write_text(args.out, json.dumps(result, indent=1))
+
+
+def evaluate(args):
+    """FID, KID and IS of --input's images against the val faces of --data; --out gets them as JSON."""
+    from common import face_folder, score_images
+
+    if not args.data:
+        raise ValueError("--mode eval: expected --data DIR, whose face/val is the reference")
+    result = score_images(args.input, face_folder(args.data, "val"), args.inception, args.device)
+    if args.out:
+        write_text(args.out, json.dumps(result, indent=1))
+
+
+def figure(args, name, network, noise, rows, columns, title="", scale=1.5):
+    """Writes the figure `name` into --out: images of noise (N, 3, H, W) at each eta, as rows and columns.
+
+    network: of load_model. An eta that is repeated adds other noise: keys (i, 1), (i, 2), ...
+    """
+    from common import save_grid
+
+    model, settings = network
+    path = Path(args.out) / name
+    trial = path.with_name(f".trial-{name}")
+    title = f"{title}{describe(args, settings)}"
+    empty = torch.zeros(len(rows), len(columns), 3, 8, 8, dtype=torch.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:  # what can fail fails now, not when the images are computed
+        save_grid(trial, empty, rows, columns, title, scale)
+    finally:
+        trial.unlink(missing_ok=True)
+    groups = batches(args, range(len(noise)), noise.shape)
+    watched = Watched(model, len(args.eta) * len(groups) * network_calls(args, settings))
+    options = sampling(args, settings)
+    images = []
+    for row, eta in enumerate(args.eta):
+        draw = 1 + args.eta[:row].count(eta)
+        for group in groups:
+            keys = [(i, draw) for i in group]
+            images.append(generate(watched, settings, noise[group], keys, eta=eta, **options))
+    images = torch.cat(images).view(len(rows), len(columns), *noise.shape[1:])
+    save_grid(path, images, rows, columns, title, scale)
 
 
 def eta_grid(args):
     """Writes eta_grid.png into --out: rows eta, columns the first four noises."""
-    from common import save_grid
-    model = load_model(args)
-    names, noises = load_noises(args, model, 4)
-    rows = torch.stack([torch.cat([*generate(model, noises, args, eta)]) for eta in args.eta])
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    save_grid(Path(args.out) / "eta_grid.png", rows, [f"eta = {eta}" for eta in args.eta], [f"{n}.pt" for n in names], how(args), scale=2.5)
+    network = load_model(args.ckpt, args.device)
+    noise = StartNoise(args, network[1], 4)
+    rows = [f"eta = {eta}" for eta in args.eta]
+    columns = [f"{name}.pt" for name in noise.names]
+    figure(args, "eta_grid.png", network, noise(range(4)), rows, columns, scale=2.5)
+
+
+def slerp(a, b, weight):
+    """Spherical interpolation of whole tensors; weight 0 gives a, 1 gives b. Parallel ones: as torch.lerp.
+
+    It keeps the norm of normal noise; half-way torch.lerp falls to 0.7 of it.
+    """
+    theta = torch.acos(((a * b).sum() / (a.norm() * b.norm())).clamp(-1, 1))
+    sine = torch.sin(theta)
+    if not sine > 1e-6:  # nan for a tensor of zeros
+        return torch.lerp(a, b, weight)
+    return torch.sin((1 - weight) * theta) / sine * a + torch.sin(weight * theta) / sine * b
 
 
 def interpolate(args):
-    """Writes interpolation.png into --out: slerp above lerp between the first two noises in 11 steps, with the norm of each latent."""
-    from common import save_grid
-    model = load_model(args)
-    names, (a, b) = load_noises(args, model, 2)
+    """Writes interpolation.png into --out: slerp above lerp of the first two noises; prints their norms."""
+    network = load_model(args.ckpt, args.device)
+    noise = StartNoise(args, network[1], 2)
+    a, b = noise(range(2))
     weights = [i / 10 for i in range(11)]
-    latents = [[f(a, b, w) for w in weights] for f in (slerp, torch.lerp)]
-    for name, row in zip(("slerp", "lerp"), latents):
+    latents = []
+    for name, function in (("slerp", slerp), ("lerp", torch.lerp)):
+        row = [function(a, b, weight) for weight in weights]
         print(f"norm, {name}: " + "  ".join(f"{x.norm():.1f}" for x in row))
-    images = torch.cat([*generate(model, torch.stack([x for row in latents for x in row]), args)])
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    save_grid(Path(args.out) / "interpolation.png", images.view(2, 11, *images.shape[1:]), ["slerp", "lerp"], weights,
-              f"from {names[0]}.pt to {names[1]}.pt, {how(args)}", scale=1.5)
-
-
-def evaluate(args):
-    """FID, KID and IS of --input's images against the val faces; --out FILE gets them as JSON."""
-    from common import face_folder, score_images
-    if not args.data:
-        fail("--mode eval needs --data DIR, whose face/val is the reference")
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    result = score_images(args.input, face_folder(args.data, "val"), args.inception, args.device)
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1))
+        latents += row
+    title = f"from {noise.names[0]}.pt to {noise.names[1]}.pt, "
+    figure(args, "interpolation.png", network, torch.stack(latents), ["slerp", "lerp"], weights, title)
 
 
 def grid(args):
     """Writes first.png (32 images), training.png and network.txt into --out."""
-    from common import save_curves, save_grid
-    model, out, log = load_model(args), Path(args.out), Path(args.ckpt).with_suffix(".log.csv")
-    images = torch.cat([*generate(model, load_noises(args, model, 32)[1], args, args.eta[0])])
-    out.mkdir(parents=True, exist_ok=True)
-    save_grid(out / "first.png", images.view(4, 8, *images.shape[1:]), [""] * 4, [""] * 8, how(args), scale=1.5)
-    (out / "network.txt").write_text(f"{sum(p.numel() for p in model.parameters()):,} parameters\n{model}\n")
+    from common import save_curves
+
+    network = load_model(args.ckpt, args.device)
+    noise = StartNoise(args, network[1], 32)
+    out = Path(args.out)
+    parameters = sum(p.numel() for p in network[0].parameters())
+    write_text(out / "network.txt", f"{parameters:,} parameters\n{network[0]}\n")
+    log = log_path(args.ckpt)
     if log.is_file():
         save_curves(out / "training.png", log, ["loss"], "training loss")
+    figure(args, "first.png", network, noise(range(32)), [""] * 4, [""] * 8)
     print(f"{out}: {', '.join(sorted(os.listdir(out)))}")
 
 
-# ------------------------------------------------------------------ command line
+# ---------------- service: files, checkpoints, command line ----------------
+
+NAME = "p3_ddim"
+# settings that a checkpoint keeps; --resume refuses others
+NETWORK = ("channels", "blocks", "attention", "dropout", "patch")
+TRAINING = ("batch_size", "lr", "gamma", "seed")
+# what load_model adds to the settings of a checkpoint of this script, and those of the course's network
+OWN = {"prediction": "v", "course": False}
+COURSE = {"prediction": "eps", "course": True, "size": 256}
+COURSE.update(channels=[128, 128, 256, 256, 512, 512], blocks=2, attention=[16], dropout=0.0, patch=1)
+
+
+def check_size(sides, settings, what):
+    """Raises ValueError unless the network of `settings` can halve these heights and widths."""
+    factor = settings.patch * 2 ** (len(settings.channels) - 1)
+    if any(side == 0 or side % factor for side in sides):
+        found = "x".join(str(side) for side in sides)
+        raise ValueError(f"{what}: found {found}, expected multiples of {factor}, for the network's halvings")
+
+
+def check_training_set(args, images):
+    """Raises ValueError unless images are uint8 (N, 3, H, H), with H a multiple that the network needs."""
+    n, *shape = images.shape
+    if images.dtype != torch.uint8 or shape[:1] != [3] or shape[1:2] != shape[2:] or n == 0:
+        found = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"images: found {found}, expected uint8 (N, 3, H, H)")
+    check_size(shape[1:], args, "images")
+
+
+def check_noise(noise, settings, what):
+    """Raises ValueError unless `noise` is a dense, finite float32 tensor (N, 3, H, W) of a fitting size."""
+    found = type(noise).__name__
+    fits = isinstance(noise, torch.Tensor)
+    if fits:
+        found = f"{tuple(noise.shape)} {noise.dtype} {noise.layout}"
+        fits = noise.ndim == 4 and noise.shape[1] == 3 and len(noise) > 0
+        fits = fits and noise.dtype == torch.float32 and noise.layout == torch.strided
+    if not fits:
+        raise ValueError(f"{what}: found {found}, expected (N, 3, H, W) torch.float32 torch.strided")
+    check_size(noise.shape[2:], settings, what)
+    if not torch.isfinite(noise).all():
+        raise ValueError(f"{what}: holds values that are not finite; expected normal noise")
+
+
+def load_file(path, message):
+    """What torch.load finds on the CPU, without running code from the file. ValueError: `message`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sparse tensors, which are refused
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch.load raises many types for damaged or hostile files
+        raise ValueError(f"{message} ({type(e).__name__})") from e
+
+
+def read_noise(path, settings):
+    """The noise (1, 3, H, W) of a file, read without running code from it. Raises ValueError."""
+    noise = load_file(path, f"{path}: not a readable tensor")
+    check_noise(noise, settings, path)
+    if len(noise) != 1:
+        raise ValueError(f"{path}: found {tuple(noise.shape)}, expected (1, 3, H, W)")
+    return noise.detach()
+
+
+def write_whole(path, write):
+    """Writes a file whole or not at all: write(file) fills a temporary file, which is then renamed."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; expected the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
+        temporary.unlink(missing_ok=True)
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise OSError(f"{path}: cannot be written ({reason})") from e
+
+
+def write_text(path, text):
+    """Writes a text file, whole or not at all."""
+    write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
+
+
+def write_png(path, image):
+    """Writes uint8 (3, H, W) as PNG, whole or not at all."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    write_whole(path, lambda file: picture.save(file, "PNG"))
+
+
+def write_tensor(path, tensor):
+    """Writes a tensor as .pt, whole or not at all."""
+    alone = tensor.clone()  # torch.save writes the whole batch of a view
+    write_whole(path, lambda file: torch.save(alone, file))
+
+
+def prepare_folder(args, out, names):
+    """Makes the folder `out`; warns of entries that are none of `names`, for graders read them all."""
+    out.mkdir(parents=True, exist_ok=True)
+    others = sorted(set(os.listdir(out)) - set(names) - {f"{name}.tmp" for name in names})
+    if others and args.rank == 0:
+        some = ", ".join(others[:20])
+        message = f"{out} holds {len(others)} other entries ({some}); graders read every file"
+        print(f"warning: {message}: use an empty folder", file=sys.stderr)
+
+
+def log_path(ckpt):
+    """model.log.csv for model.pt; for any other name that name with .log.csv."""
+    return Path(f"{str(ckpt).removesuffix('.pt')}.log.csv")
+
+
+def load_checkpoint(path):
+    """The dict of a checkpoint of this script, read without running code from it.
+
+    The course's UNet.pt, a state dict, gets the same form; it may be wrapped in "state_dict" or "model".
+    """
+    if not Path(path).is_file():
+        advice = f"make one with: python {NAME}.py --mode train --data DIR --ckpt {path}"
+        raise FileNotFoundError(f"--ckpt {path}: no such file; {advice}; or give the course's UNet.pt")
+    ckpt = load_file(path, f"--ckpt {path}: not a readable checkpoint")
+    expected = f"expected a checkpoint of this {NAME}.py or the course's UNet.pt"
+    if not isinstance(ckpt, dict):
+        raise ValueError(f"--ckpt {path}: found {type(ckpt).__name__}, {expected}")
+    if "script" in ckpt:
+        args = ckpt.get("args")
+        known = ckpt["script"] == NAME and isinstance(args, dict) and isinstance(ckpt.get("ema"), dict)
+        if not known or {"size", *NETWORK} - args.keys():
+            raise ValueError(f"--ckpt {path}: found {ckpt['script']} of other settings, {expected}")
+        return ckpt
+    for wrapper in ("state_dict", "model"):
+        if isinstance(ckpt.get(wrapper), dict):
+            ckpt = ckpt[wrapper]
+    return {"args": COURSE, "ema": ckpt}
+
+
+def load_weights(net, state, path):
+    """Fills `net` from a state dict; names of DistributedDataParallel and torch.compile are understood.
+
+    Raises ValueError where names or shapes differ, or a weight is sparse or not finite.
+    """
+    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value for name, value in state.items()}
+    found = {name: tuple(getattr(value, "shape", [])) for name, value in weights.items()}
+    wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    differ = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+    if differ:
+        first = f"{differ[0]} is {found.get(differ[0])}, expected {wanted.get(differ[0])}"
+        count = f"found {len(found)} entries, expected the {len(wanted)} of this network or of UNet.pt"
+        raise ValueError(f"--ckpt {path}: {count}; {len(differ)} differ, {first}")
+    sparse = [name for name, value in weights.items() if value.layout != torch.strided]
+    broken = sparse or [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if broken:
+        message = f"{len(broken)} weights are sparse or not finite, for instance {broken[0]}"
+        raise ValueError(f"--ckpt {path}: {message}")
+    net.load_state_dict(weights)
+
+
+def load_model(path, device="cpu"):
+    """(network in eval mode, settings) of a checkpoint, of weights in .weights/, or of the course's UNet.pt.
+
+    settings.prediction: "v" or "eps". settings.size: height and width of its images.
+    settings.course: True for the course's network: float32 by default, images scaled by min and max.
+    Raises ValueError or OSError where the file is neither.
+    """
+    ckpt = load_checkpoint(path)
+    settings = argparse.Namespace(**{**OWN, **ckpt["args"], "device": torch.device(device)})
+    model = build(settings)
+    load_weights(model, ckpt["ema"], path)
+    return model.eval(), settings
+
+
+def progress_bar(total, what, unit, initial=0):
+    """A tqdm bar, which also heeds TQDM_DISABLE; in a file it writes a line a minute."""
+    try:
+        from tqdm import tqdm
+    except ImportError:  # the file copied alone runs without progress bars
+        nothing = lambda *_, **__: None
+        return argparse.Namespace(update=nothing, set_postfix=nothing, close=nothing)
+    interval = 1 if sys.stderr.isatty() else 60
+    return tqdm(total=total, desc=what, unit=unit, initial=initial, mininterval=interval)
+
+
+class Run:
+    """What surrounds a training loop: --resume, progress bar, log, checkpoints, Ctrl-C, torchrun.
+
+    `for step in run` counts from 1, or from where the checkpoint stopped, to args.steps.
+    parts: the networks and the optimiser, all that a checkpoint holds of them.
+    """
+
+    def __init__(self, args, images, **parts):
+        self.args = args
+        self.parts = parts
+        self.settings = {key: getattr(args, key) for key in NETWORK + TRAINING}
+        self.settings["size"] = images.shape[-1]
+        self.images = [len(images), images.sum().item()]  # --resume asks for the same
+        self.step = 0
+        self.seconds = 0.0
+        self.log = []
+        self.totals = {}
+        self.count = 0
+        self.stopped = False
+        if args.batch_size % args.world:
+            raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {args.world} processes")
+        if args.resume:
+            self.resume()
+        elif Path(args.ckpt).exists():
+            raise ValueError(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
+        elif args.rank == 0:  # a folder that cannot be written shows now, not after hours
+            write_whole(args.ckpt, lambda file: None)
+            os.remove(args.ckpt)
+        if args.world > 1 and args.device.type == "cuda":
+            torch.cuda.set_device(args.device)
+            dist.init_process_group("nccl")
+        elif args.world > 1:
+            dist.init_process_group("gloo")
+        if args.rank > 0:  # every process draws images and noise of its own
+            rng = np.random.default_rng([args.seed, self.step, args.rank])
+            torch.manual_seed(int(rng.integers(2**62)))
+
+    def __iter__(self):
+        args = self.args
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for name in (signal.SIGINT, signal.SIGTERM):
+                handlers[name] = signal.signal(name, self.stop)
+        self.say(f"{self.images[0]:,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}")
+        self.bar = progress_bar(args.steps, "train", "step", initial=self.step)
+        every = min(100, max(10, args.steps // 20))  # steps between rows of the log
+        start = time.perf_counter() - self.seconds
+        saved = self.row_seconds = self.seconds
+        try:
+            while self.step < args.steps and not self.stopped:
+                self.step += 1
+                yield self.step
+                self.seconds = time.perf_counter() - start
+                self.bar.update()
+                if args.world > 1 and self.step % 10 == 0:  # one process stops all
+                    flag = torch.tensor(float(self.stopped), device=args.device)
+                    dist.all_reduce(flag)
+                    self.stopped = flag.item() > 0
+                due = self.seconds - saved > 120
+                if due or self.step % every == 0:
+                    self.add_row()
+                if due:
+                    saved = self.seconds
+                    self.save(again=True)
+            self.add_row()
+            self.save()
+        finally:
+            self.bar.close()
+            for name, handler in handlers.items():
+                signal.signal(name, handler)
+            if args.world > 1:
+                dist.destroy_process_group()
+        self.say(f"{args.ckpt}: step {self.step}, {self.seconds:.0f} s of training")
+        if self.step < args.steps:
+            raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
+
+    def stop(self, *_):
+        self.stopped = True
+
+    def say(self, text):
+        if self.args.rank == 0:
+            print(text, flush=True)
+
+    def parallel(self, model):
+        """The model whose gradients are averaged over the processes of torchrun."""
+        return nn.parallel.DistributedDataParallel(model) if self.args.world > 1 else model
+
+    def record(self, **values):
+        """Adds a step's losses (tensors) to the means of the log's next row, without waiting for a GPU."""
+        self.count += 1
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0) + value.detach()
+
+    def add_row(self):
+        """Appends the means since the last row to the log; raises FloatingPointError for nan and inf."""
+        if self.count == 0:
+            return
+        means = {name: round(total.item() / self.count, 5) for name, total in self.totals.items()}
+        if not all(map(math.isfinite, means.values())):
+            advice = f"{self.args.ckpt} keeps the last good state, if any; try a lower --lr"
+            raise FloatingPointError(f"{means} at step {self.step}; {advice}")
+        rate = self.count * self.args.batch_size / max(self.seconds - self.row_seconds, 1e-9)
+        speed = {"images_per_s": round(rate, 1), "seconds": round(self.seconds, 1)}
+        self.log.append({"step": self.step, **means, **speed})
+        self.bar.set_postfix(means, images_per_s=f"{rate:.0f}")
+        self.row_seconds = self.seconds
+        self.totals = {}
+        self.count = 0
+
+    def save(self, again=False):
+        """Writes the checkpoint, then its log. again: there is another try later, so failing is a warning."""
+        args = self.args
+        if args.rank > 0:
+            return
+        rng = {"cpu": torch.get_rng_state()}
+        if args.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(args.device)
+        state = {"script": NAME, "args": self.settings, "images": self.images, "step": self.step}
+        state.update(seconds=self.seconds, log=self.log, rng=rng)
+        state.update({name: part.state_dict() for name, part in self.parts.items()})
+        rows = [list(self.log[0]), *(row.values() for row in self.log)]
+        try:
+            write_whole(args.ckpt, lambda file: torch.save(state, file))
+            write_text(log_path(args.ckpt), "".join(",".join(map(str, row)) + "\n" for row in rows))
+        except OSError as e:
+            if not again:
+                raise
+            print(f"warning: {e}; training goes on", file=sys.stderr)
+
+    def resume(self):
+        """Loads args.ckpt into the parts; raises ValueError where settings or images differ."""
+        ckpt = load_checkpoint(self.args.ckpt)
+        if "optim" not in ckpt:
+            raise ValueError(f"--resume: {self.args.ckpt} holds a network without the state of training")
+        old = {**ckpt["args"], "images": ckpt["images"]}
+        new = {**self.settings, "images": self.images}
+        differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
+        if differ:
+            raise ValueError(f"--resume {self.args.ckpt} with other settings: {', '.join(differ)}")
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                load_weights(part, ckpt[name], self.args.ckpt)
+            else:
+                part.load_state_dict(ckpt[name])
+        self.step = ckpt["step"]
+        self.seconds = ckpt["seconds"]
+        self.log = ckpt["log"]
+        torch.set_rng_state(ckpt["rng"]["cpu"])
+        if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
+            torch.cuda.set_rng_state(ckpt["rng"]["cuda"], self.args.device)
+
+
+def find_ckpt(name, mode):
+    """checkpoints/NAME.pt for training or where it is, else the weights that come with this script."""
+    here = Path("checkpoints") / f"{name}.pt"
+    script = Path(__file__).resolve().parent
+    for path in (here, script / ".weights" / here.name, script / here.name):
+        if mode == "train" or path.is_file():
+            return str(path)
+    return str(here)
+
+
+def choose_device(name):
+    """auto, cpu, cuda or cuda:N -> a torch.device that works here; each process of torchrun gets its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and dist.is_torchelastic_launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"--device {name}: not available here ({reason}); use --device cpu") from e
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: not supported, expected cpu or cuda")
+    return device
+
+
+def bf16_is_fast(device):
+    """True where bfloat16 is known to be fast: CUDA capability 8 and later, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+
+
+def fail(message):
+    """What argparse calls for wrong usage: an importer gets an exception, never SystemExit."""
+    raise ValueError(message)
+
 
 def number(kind, low, high=math.inf):
     """argparse type: a number of `kind` in [low, high]."""
+
     def convert(text):
         value = kind(text)
         if not (math.isfinite(value) and low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text}: expected {'at least ' + str(low) if high == math.inf else f'{low} to {high}'}")
+            expected = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
         return value
+
     convert.__name__ = kind.__name__
     return convert
 
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = fail
+def add(group, name, default, text, shown="%(default)s", **options):
+    """An option whose help ends with its default."""
+    group.add_argument(name, default=default, help=f"{text} (default: {shown})", **options)
 
-    def add(group, name, default, help, **kw):
-        group.add_argument(name, default=default, help=f"{help} (default: {kw.pop('shown', default)})".replace("%", "%%"), **kw)
 
-    add(p, "--mode", "train", "what to do", choices=("train", "sample", "mse", "eta-grid", "interpolate", "noise", "invert", "eval", "grid"))
-    add(p, "--data", None, "folder of the course's layout", metavar="DIR", shown="built-in faces")
-    add(p, "--noise", None, "folder of noises NN.pt, each (1, 3, H, W) float32", metavar="DIR", shown="drawn from --seed")
-    add(p, "--ckpt", "checkpoints/p3_ddim.pt", "checkpoint to write or read, or the course's UNet.pt", metavar="FILE")
-    add(p, "--input", "samples", "mse, eval: generated images; invert: images", metavar="DIR")
+def add_options(p):
+    """All options but --mode, --fast and --sampler."""
+    positive = number(int, 1)
+    share = number(float, 0, 1)
+    own = f"checkpoints/{NAME}.pt, else .weights/{NAME}.pt beside the script"
+    add(p, "--data", None, "the course's layout", "built-in faces", metavar="DIR")
+    add(p, "--noise", None, "folder of (1, 3, H, W) noises NN.pt", "drawn from --seed", metavar="DIR")
+    add(p, "--input", "samples", "eval, mse, invert: folder of images", metavar="DIR")
     add(p, "--gt", "face/GT", "mse: ground truth with the same file names", metavar="DIR")
-    add(p, "--inception", None, "eval: weights of pytorch-fid's Inception network", metavar="FILE", shown="downloaded once")
-    add(p, "--out", None, "where results go; for eval and mse, a JSON file", metavar="PATH", shown="samples, noise, inverted, figures, none")
-    add(p, "--size", None, "height and width in train and noise", type=number(int, 8), shown="train 64, --fast 32, noise 256")
-    add(p, "--batch-size", None, "images at a time; bounds the memory", type=number(int, 1), shown="train 32; else 5 of 256x256, 80 of 64x64")
-    add(p, "--seed", 0, "random seed of training and of all noise", type=number(int, 0, 2**40))
+    add(p, "--out", None, "where results go: a folder; eval, mse: a JSON file", metavar="PATH")
+    add(p, "--ckpt", None, "checkpoint to write or read, or the course's UNet.pt", own, metavar="FILE")
+    add(p, "--inception", None, "eval: pytorch-fid's Inception weights", "downloaded once", metavar="FILE")
+    sizes = "train 64, --fast 32; noise 256; else the network's"
+    add(p, "--size", None, "height and width of the images", sizes, type=number(int, 8))
+    add(p, "--num", 1000, "images without --noise; invert: at most so many", type=positive)
+    add(p, "--seed", 0, "random seed of training and of all noise", type=number(int, 0, 2**63 - 1))
     add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
-    add(p, "--precision", "auto", "bf16 autocast or float32; auto: bf16 where the hardware has it; the course's network always float32", choices=("auto", "bf16", "float32"))
-    g = p.add_argument_group("sampling")
-    add(g, "--num", 1000, "images without --noise; invert: at most so many", type=number(int, 1))
-    add(g, "--sampler", "ddim", "DDIM, DPM-Solver++(2M), or DDPM over all 1000 steps", choices=("ddim", "dpm++", "ddpm"))
-    add(g, "--sample-steps", None, "network calls of ddim and dpm++", type=number(int, 1, T // 2), shown="ddim 50, dpm++ 20")
-    add(g, "--eta", None, "ddim: 0 deterministic, 1 as noisy as ddpm; eta-grid: its rows", type=number(float, 0, 1), nargs="+", shown="0; eta-grid 0 0.25 0.5 0.75 1")
-    add(g, "--iterations", 3, "invert: fixed-point iterations per step; 1: the usual inversion", type=number(int, 1))
+    precisions = ("auto", "bf16", "float32")
+    text = "auto: bf16 autocast where the hardware is fast at it, but not for the course's network"
+    add(p, "--precision", "auto", text, choices=precisions)
+
     g = p.add_argument_group("training")
-    add(g, "--steps", None, "total number of steps, with --resume those of the runs before included", type=number(int, 1), shown="20000; --fast 1500")
-    g.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes: 1500 steps at 32x32")
+    text = "steps in all; with --resume a larger number prolongs the run"
+    add(g, "--steps", 20000, text, type=positive)
     g.add_argument("--resume", action="store_true", help="go on from --ckpt exactly")
+    sizes = "train 32; else 5 of 256x256, 80 of 64x64"
+    add(g, "--batch-size", None, "images per step; elsewhere images at a time", sizes, type=positive)
     add(g, "--lr", 1e-3, "peak learning rate of AdamW", type=number(float, 0))
     add(g, "--gamma", 5.0, "min-SNR weighting; 0 switches it off", type=number(float, 0))
-    g = p.add_argument_group("network to train (elsewhere it is taken from the checkpoint)")
-    add(g, "--channel", 64, "base width, a multiple of 32", type=number(int, 32))
-    add(g, "--multipliers", [1, 2, 4], "width of each level in units of it", type=number(int, 1), nargs="+", metavar="M")
-    add(g, "--blocks", 1, "residual blocks per level", type=number(int, 1))
-    add(g, "--attention", [4], "strides with attention", type=number(int, 1), nargs="*", metavar="S")
-    add(g, "--dropout", 0.0, "dropout in the residual blocks", type=number(float, 0, 1))
+
+    g = p.add_argument_group("network of train (elsewhere the checkpoint says it)")
+    text = "width at each resolution, multiples of 32"
+    add(g, "--channels", [64, 128, 256], text, type=number(int, 32), nargs="+", metavar="C")
+    add(g, "--blocks", 1, "residual blocks per resolution", type=positive)
+    add(g, "--attention", [4], "strides with attention", type=positive, nargs="*", metavar="S")
     add(g, "--patch", 2, "pixels folded into channels at the entrance", type=int, choices=(1, 2, 4))
-    args = p.parse_args(argv)
-    train, factor = args.mode == "train", args.patch * 2 ** (len(args.multipliers) - 1)
-    if train or args.mode == "noise":
-        args.size = args.size or (256 if not train else 32 if args.fast else 64)
-        if args.size % (factor if train else 8):
-            fail(f"--size {args.size}: expected a multiple of {factor if train else 8}, so that the network can halve it often enough")
-    if args.channel % 32:
-        fail(f"--channel {args.channel}: expected a multiple of 32")
-    args.steps = args.steps or (1500 if args.fast else 20000)
-    args.batch_size = args.batch_size or (32 if train else None)
-    args.sample_steps = args.sample_steps or (20 if args.sampler == "dpm++" else 50)
-    args.eta = args.eta or ([0.0, 0.25, 0.5, 0.75, 1.0] if args.mode == "eta-grid" else [0.0])
+    add(g, "--dropout", 0.0, "dropout in the residual blocks", type=share)
+
+    g = p.add_argument_group("sampling")
+    add(g, "--sample-steps", 50, "network calls of ddim and dpm++", type=number(int, 1, T // 2))
+    text = "ddim: 0 deterministic, 1 as noisy as ddpm; eta-grid: its rows"
+    add(g, "--eta", [0.0], text, type=share, nargs="+")
+    add(g, "--iterations", 3, "invert: network calls per step; 1: the usual inversion", type=positive)
+
+
+# what a mode changes in the defaults, --fast in those of training, and --sampler dpm++ everywhere
+DEFAULTS = {
+    "train": {"size": 64, "batch_size": 32},
+    "sample": {"out": "samples"},
+    "eta-grid": {"out": "p3_figures", "eta": [0.0, 0.25, 0.5, 0.75, 1.0]},
+    "interpolate": {"out": "p3_figures"},
+    "noise": {"out": "noise", "size": 256},
+    "invert": {"out": "inverted"},
+    "grid": {"out": "p3_figures"},
+}
+FAST = {"steps": 1500, "size": 32}
+DPM = {"sample_steps": 20}
+
+
+def check_options(args):
+    """Raises ValueError for options that do not go together."""
+    if any(c % 32 for c in args.channels):
+        fail(f"--channels {args.channels}: expected multiples of 32")
+    if args.mode == "train":
+        check_size([args.size], args, "--size")
+    if args.mode == "noise" and args.size % 8:
+        fail(f"--size {args.size}: expected a multiple of 8, so that a network can halve it")
+    given = " ".join(str(eta) for eta in args.eta)
     if len(args.eta) > 1 and args.mode != "eta-grid":
-        fail(f"--eta {' '.join(map(str, args.eta))}: --mode {args.mode} takes one; only eta-grid shows several")
-    if args.sampler == "ddim" and (T % args.sample_steps or args.sample_steps < 2):
-        fail(f"--sample-steps {args.sample_steps}: expected a divisor of {T} from 2 on; DDIM's steps are evenly spaced")
+        fail(f"--eta {given}: --mode {args.mode} takes one; only eta-grid shows several")
+    if args.sampler == "ddim":
+        ddim_times(args.sample_steps)
     if args.sampler != "ddim" and (args.mode in ("invert", "eta-grid") or any(args.eta)):
-        fail(f"--mode {args.mode} --sampler {args.sampler}: eta and inversion are DDIM's")
+        fail(f"--mode {args.mode} --sampler {args.sampler} --eta {given}: eta and inversion are DDIM's")
     if any(args.eta) and args.mode in ("invert", "interpolate"):
-        fail(f"--eta {args.eta[0]}: --mode {args.mode} is deterministic; leave --eta out")
-    args.out = args.out or {"sample": "samples", "noise": "noise", "invert": "inverted", "eval": None, "mse": None}.get(args.mode, "figures")
-    args.rank, args.world = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if "LOCAL_RANK" in os.environ else (0, 1)  # torchrun's
+        fail(f"--eta {given}: --mode {args.mode} is deterministic; leave --eta out")
+
+
+def parse_args(argv=None):
+    """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = fail
+    add(first, "--mode", "train", "what to do", choices=MODES)
+    first.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes of training")
+    text = "DDIM, DPM-Solver++(2M), or DDPM over all 1000 steps"
+    add(first, "--sampler", "ddim", text, choices=SAMPLERS)
+    preset, _ = first.parse_known_args(argv)
+    style = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=style, allow_abbrev=False, parents=[first]
+    )
+    p.error = fail
+    add_options(p)
+    p.set_defaults(**DEFAULTS.get(preset.mode, {}))
+    if preset.fast and preset.mode == "train":
+        p.set_defaults(**FAST)
+    if preset.sampler == "dpm++":
+        p.set_defaults(**DPM)
+    args = p.parse_args(argv)
+
+    check_options(args)
+    args.ckpt = args.ckpt or find_ckpt(NAME, args.mode)
+    args.rank = 0
+    args.world = 1
+    if dist.is_torchelastic_launched():  # left-over variables of another launcher do not count
+        args.rank = int(os.environ["RANK"])
+        args.world = int(os.environ["WORLD_SIZE"])
     if args.world > 1 and args.mode not in ("train", "sample"):
         fail(f"--mode {args.mode} with {args.world} processes: only train and sample share their work")
-    try:
-        args.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-        if args.device.type == "cuda" and args.world > 1:
-            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.empty(1, device=args.device)
-        if args.device.type not in ("cpu", "cuda"):
-            raise RuntimeError("expected cpu or cuda")
-    except (RuntimeError, AssertionError) as e:
-        fail(f"--device {args.device}: not available here ({str(e).splitlines()[0]}); use --device cpu")
-    args.bf16 = bf16_available(args.device) if args.precision == "auto" else args.precision == "bf16"
+    args.device = choose_device(args.device)
+    args.bf16 = args.precision == "bf16"
+    if args.precision == "auto":
+        args.bf16 = bf16_is_fast(args.device)
     return args
 
 
+def train_faces(args):
+    """--mode train: trains on face/train of --data, or on the built-in faces."""
+    from common import load_faces
+
+    train(args, load_faces(args.data, "train", args.size))
+
+
+MODES = {"train": train_faces, "sample": sample, "eval": evaluate, "mse": mse, "noise": write_noise}
+MODES.update({"eta-grid": eta_grid, "interpolate": interpolate, "invert": invert, "grid": grid})
+
+
 def main(argv=None):
-    args = parse_args(argv)
+    """The command line: what goes wrong becomes one line on standard error and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
     try:
-        {"train": train, "sample": sample, "mse": mse, "eta-grid": eta_grid, "interpolate": interpolate, "noise": write_noise,
-         "invert": invert, "eval": evaluate, "grid": grid}[args.mode](args)
-    except OSError as e:  # a full disk, a folder without permission, a file in a folder's place
-        fail(f"{e.filename or args.out or args.mode}: {e.strerror or e}")
-    except ModuleNotFoundError as e:
-        fail(f"--mode {args.mode} needs {e.name}; {'copy common.py too' if e.name == 'common' else 'pip install -r requirements.txt'}")
-    except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):  # what CPUs say
-            raise
-        fail(f"out of memory on {args.device}; lower --batch-size", code=1)
-    except KeyboardInterrupt:
-        raise SystemExit(130)
+        args = parse_args(argv)
+        if args.mode not in ("train", "eval", "mse", "noise") and args.rank == 0:
+            print(f"weights: {args.ckpt}")
+        MODES[args.mode](args)
+    except (ValueError, OSError, ImportError, FloatingPointError) as e:
+        message = str(e)
+        if isinstance(e, OSError) and e.filename is not None:
+            message = f"{e.filename}: {e.strerror}"
+        if isinstance(e, ImportError):
+            message = f"{e}; pip install -r requirements.txt, and keep common.py beside this file"
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(e, FloatingPointError) else 2) from None
+    except KeyboardInterrupt as e:
+        print(str(e) or "stopped", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
