@@ -1,21 +1,24 @@
-"""Unsupervised domain adaptation between digit data sets: labelled source, unlabelled target (MNIST-M, SVHN, USPS).
+"""Unsupervised domain adaptation between digit data sets: labelled source, unlabelled target.
 
-Papers: DANN (arXiv 1505.07818), mean teacher (1703.01780) for adaptation (1706.05208) with
-confident pseudo-labels under strong augmentation (2001.07685) and distribution alignment (1911.09785), BatchNorm of the target (1603.04779).
+Papers: DANN (arXiv 1505.07818), mean teacher (1703.01780) for adaptation (1706.05208), confident
+pseudo-labels (2001.07685), distribution alignment (1911.09785), BatchNorm of the target (1603.04779).
 
-  python p4_dann.py --mode train --target svhn --fast --ckpt fast.pt                 # built-in digits, MNIST-M -> SVHN, a minute
-  python p4_dann.py --mode train --data hw2_data --target svhn                       # the course's MNIST-M -> SVHN
-  python p4_dann.py --mode predict --input test/svhn --out pred.csv                  # image_name,label; the path names the target
-  python p4_dann.py --mode eval --input pred.csv --gt test.csv                       # accuracy by the grader's rules
-  python p4_dann.py --mode table --data hw2_data --out table                         # trains what is missing; the reports' table
-  python p4_dann.py --mode tsne --data hw2_data --target svhn --out figures          # CNN features by digit and by domain
+  python p4_dann.py --mode train --target svhn --fast --ckpt fast.pt       # built-in digits, a minute
+  python p4_dann.py --mode train --data hw2_data --target svhn             # the course's MNIST-M -> SVHN
+  python p4_dann.py --mode predict --input test/svhn --out pred.csv        # the path names the target
+  python p4_dann.py --mode eval --input pred.csv --gt test.csv             # accuracy by the grader's rules
+  python p4_dann.py --mode table --data hw2_data --out table               # trains what is missing
+  python p4_dann.py --mode tsne --data hw2_data --target svhn              # features by digit and domain
 
-dann: gradient reversal, as in the paper. dann-mt, the default: augmentation, gradient reversal and, after 30 % of training, the digits
-that the EMA network is sure of.
+dann is gradient reversal as in the paper. dann-mt, the default, adds augmentation and a mean teacher:
+after 30 % of training the network also learns the digits that its own average is sure of.
 
-Real data, three seeds, the last step's network: MNIST-M -> USPS 99.1 % (sd 0.1, 1,459 val images), MNIST-M -> SVHN 72.1 % (sd 4.2, 160 val
-images, 640 unlabelled training images); 5 minutes for each network on one Xeon core with AMX. README.md has the table and the commands.
+Real data, three seeds, the last step's network: MNIST-M -> USPS 99.1 % (sd 0.1, 1,459 val images),
+MNIST-M -> SVHN 72.1 % (sd 4.2, 160 val images, 640 unlabelled training images). Training took
+5 minutes a network on one Xeon core with AMX. README.md has the table and the commands.
 """
+
+# SPDX-License-Identifier: MIT
 import argparse
 import csv
 import io
@@ -23,37 +26,27 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
-SIZE, DIGITS, DOMAINS = 28, 10, ("mnistm", "svhn", "usps")
-SOURCE = {"mnistm": "svhn", "svhn": "mnistm", "usps": "mnistm"}  # the course's source of each target
-SCENARIOS = ["mnistm-svhn", "mnistm-usps", "usps-mnistm", "svhn-mnistm", "usps-svhn"]
-METHODS = {"source": "Trained on source", "dann": "Adaptation (DANN)", "target": "Trained on target",
-           "source-aug": "Trained on source, augmented", "dann-mt": "Adaptation (DANN + mean teacher), augmented"}
-STEPS, FAST_STEPS = 2000, 400
-EMA_DECAY = 0.99  # of the teacher, which is also the network that predicts
-THRESHOLD = 0.9  # the teacher's probability from which its digit counts
-START, RAMP = 0.3, 0.2  # shares of training: the consistency loss sets in after START, and its weight rises to 1 within RAMP
-ALIGN = 0.5  # 0: pseudo-labels as they come, 1: all digits made equally frequent
-MAX_PIXELS = 2**24  # of one input image: a PNG of a few kB can unpack to gigabytes
+SIZE = 28
+DIGITS = 10
+DOMAINS = ("mnistm", "svhn", "usps")
 
 
-def fail(message, code=2):
-    """One line on standard error; exit code 2: wrong usage or input, 1: a failed run."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+# ---------------- networks ----------------
 
-
-# ------------------------------------------------------------------ networks
 
 class ReverseGradient(torch.autograd.Function):
     """Identity forward; backward multiplies the gradient by -lambda_ (1505.07818, equations 16 and 17)."""
@@ -68,9 +61,9 @@ class ReverseGradient(torch.autograd.Function):
         return -ctx.lambda_ * gradient, None
 
 
-def conv(c_in, c_out, k, act=True, **kw):
+def conv(c_in, c_out, k, padding=0):
     """Convolution, BatchNorm, ReLU."""
-    return nn.Sequential(nn.Conv2d(c_in, c_out, k, **kw), nn.BatchNorm2d(c_out), *([nn.ReLU()] if act else []))
+    return nn.Sequential(nn.Conv2d(c_in, c_out, k, padding=padding), nn.BatchNorm2d(c_out), nn.ReLU())
 
 
 def mlp(act, *widths):
@@ -82,40 +75,45 @@ def mlp(act, *widths):
 
 
 class Net(nn.Module):
-    """CNN features, label head and domain head. forward(x): float (B, 3, 28, 28) in [-1, 1] -> (B, 10) logits.
+    """CNN features with a label head and a domain head; 611,788 parameters.
 
-    arch: deep (the default, 611,788 parameters with the domain head), small (the 2022 report's, 355,164) or paper (the 2023 report's,
-    976,651). Every image is turned grey and standardised first: colour, contrast and brightness tell domains apart, not digits.
+    forward(x): float (B, 3, 28, 28) in [-1, 1] -> logits (B, 10).
+
+    Every image is made grey and standardised first, whatever the arch and the method. This input is ours,
+    not the paper's or the reports': colour, contrast and brightness tell domains apart, not digits.
+    arch: "deep" is ours, "small" and "paper" are the reports' (section "the reports").
     """
 
-    def __init__(self, arch):
+    def __init__(self, arch="deep"):
         super().__init__()
-        if arch == "small":
+        if arch == "deep":
             self.features = nn.Sequential(
-                conv(3, 64, 5), nn.MaxPool2d(2),  # (B, 64, 12, 12)
-                conv(64, 48, 5, act=False), nn.Dropout2d(0.3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())  # (B, 768)
-            self.label = nn.Sequential(nn.Dropout(0.3), nn.Linear(768, 192), nn.BatchNorm1d(192), nn.Mish(), nn.Dropout(0.3), mlp(nn.Mish, 192, 128, DIGITS))
-            self.domain = nn.Sequential(nn.Dropout(0.3), mlp(nn.Mish, 768, 128, 2))
-        elif arch == "paper":
-            self.features = nn.Sequential(
-                conv(3, 64, 4), nn.MaxPool2d(3, 2),  # (B, 64, 12, 12)
-                conv(64, 64, 5, act=False), nn.Dropout2d(0.5), nn.ReLU(), nn.MaxPool2d(3, 2),  # (B, 64, 3, 3)
-                nn.Conv2d(64, 128, 3), nn.Flatten())  # (B, 128)
-            self.label, self.domain = mlp(nn.ReLU, 128, 1024, 256, DIGITS), mlp(nn.ReLU, 128, 1024, 256, 1)
-        else:
-            self.features = nn.Sequential(
-                conv(3, 32, 5, padding=2), nn.MaxPool2d(2),  # (B, 32, 14, 14)
-                conv(32, 64, 3, padding=1), conv(64, 64, 3, padding=1), nn.MaxPool2d(2), nn.Dropout(0.25),  # (B, 64, 7, 7)
-                conv(64, 128, 3, padding=1), conv(128, 128, 3, padding=1), nn.MaxPool2d(2), nn.Dropout(0.25),  # (B, 128, 3, 3)
-                conv(128, 256, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())  # (B, 256)
+                conv(3, 32, 5, padding=2),
+                nn.MaxPool2d(2),  # (B, 32, 14, 14)
+                conv(32, 64, 3, padding=1),
+                conv(64, 64, 3, padding=1),
+                nn.MaxPool2d(2),  # (B, 64, 7, 7)
+                nn.Dropout(0.25),
+                conv(64, 128, 3, padding=1),
+                conv(128, 128, 3, padding=1),
+                nn.MaxPool2d(2),  # (B, 128, 3, 3)
+                nn.Dropout(0.25),
+                conv(128, 256, 3, padding=1),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),  # (B, 256)
+            )
             self.label = nn.Sequential(nn.Dropout(0.5), nn.Linear(256, DIGITS))
             self.domain = mlp(nn.ReLU, 256, 128, 2)
-        self.register_buffer("marginal", torch.full((DIGITS,), 1 / DIGITS))  # in the EMA network: mean probability of each digit on the target
+        else:
+            self.features, self.label, self.domain = report_layers(arch)
+        # in the EMA network: the mean probability of each digit on the target
+        self.register_buffer("marginal", torch.full((DIGITS,), 1 / DIGITS))
 
     def embed(self, x):
         """(B, 3, 28, 28) -> features (B, C) of the grey, standardised image."""
-        x = x.mean(1, keepdim=True)
-        x = (x - x.mean((1, 2, 3), keepdim=True)) / (x.std((1, 2, 3), keepdim=True) + 0.05)
+        x = x.mean(1, keepdim=True)  # (B, 1, 28, 28)
+        mean = x.mean((1, 2, 3), keepdim=True)
+        x = (x - mean) / (x.std((1, 2, 3), keepdim=True) + 0.05)
         if self.training:
             x = x + 0.1 * torch.randn_like(x)
         return self.features(x.expand(-1, 3, -1, -1))
@@ -125,546 +123,1063 @@ class Net(nn.Module):
 
 
 def build(args):
-    """The network of --arch on its device, channels_last."""
+    """The network of args.arch, on args.device."""
     return Net(args.arch).to(args.device, memory_format=torch.channels_last)
 
 
-# ------------------------------------------------------------------ augmentation, losses
+# ---------------- augmentation and losses ----------------
+
 
 def augment(x, strength):
-    """Random affine map, mixture of the channels and polarity, drawn for each image. x: float (B, 3, H, W) in [-1, 1] -> grey, the same shape.
+    """A random affine map, mixture of channels and polarity for each image.
 
-    strength scales the affine map; at 1: up to 14 degrees, 35 % of scale in each direction, shear 0.3, 2 pixels of shift.
+    x: float (B, 3, H, W) in [-1, 1] -> grey images of the same shape.
+    strength scales the affine map. At 1 it reaches 14 degrees, 35 % of scale in each direction,
+    shear 0.3 and 2 pixels of shift.
     """
-    b, device = len(x), x.device
-    weights = -torch.rand(b, 3, 1, 1, device=device).clamp(min=1e-6).log()  # normalised: uniform over all convex mixtures
-    x = (x * weights / weights.sum(1, keepdim=True)).sum(1, keepdim=True)  # (B, 1, H, W)
-    spread = strength * torch.tensor([0.25, 0.3, 0.3, 0.3, 0.15, 0.15], device=device)[:, None]
-    angle, wide, high, shear, dx, dy = (torch.rand(6, b, device=device) * 2 - 1) * spread
-    cos, sin, wide, high = angle.cos(), angle.sin(), wide.exp(), high.exp()
+    b = len(x)
+    weights = -torch.rand(b, 3, 1, 1, device=x.device).clamp(min=1e-6).log()
+    x = (x * weights / weights.sum(1, keepdim=True)).sum(1, keepdim=True)  # uniform over convex mixtures
+    spread = strength * torch.tensor([0.25, 0.3, 0.3, 0.3, 0.15, 0.15], device=x.device)
+    angle, wide, high, shear, dx, dy = (torch.rand(6, b, device=x.device) * 2 - 1) * spread[:, None]
+    cos = angle.cos()
+    sin = angle.sin()
+    wide = wide.exp()
+    high = high.exp()
     affine = torch.stack([cos * wide, shear - sin * high, dx, sin * wide, cos * high, dy], 1).view(b, 2, 3)
-    x = F.grid_sample(x, F.affine_grid(affine, x.shape, align_corners=False), padding_mode="reflection", align_corners=False)
-    return torch.where(torch.rand(b, 1, 1, 1, device=device) < 0.5, -x, x).expand(-1, 3, -1, -1)  # dark on bright or bright on dark
+    grid = F.affine_grid(affine, x.shape, align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    negative = torch.rand(b, 1, 1, 1, device=x.device) < 0.5  # dark on bright or bright on dark
+    return torch.where(negative, -x, x).expand(-1, 3, -1, -1)
 
 
 def cutout(x, radius=5):
     """Sets a square at a random place of each image to the image's mean (1708.04552)."""
     centre = torch.rand(len(x), 2, 1, 1, device=x.device) * SIZE
     position = torch.arange(SIZE, device=x.device)
-    hit = ((position[:, None] - centre[:, 0]).abs() < radius) & ((position - centre[:, 1]).abs() < radius)  # (B, 28, 28)
-    return torch.where(hit[:, None], x.mean((1, 2, 3), keepdim=True), x)
+    rows = (position[:, None] - centre[:, 0]).abs() < radius
+    columns = (position - centre[:, 1]).abs() < radius
+    hidden = (rows & columns)[:, None]  # (B, 1, 28, 28)
+    return torch.where(hidden, x.mean((1, 2, 3), keepdim=True), x)
+
+
+def schedules(p):
+    """(lambda_, factor of the learning rate) at progress p in [0, 1] (1505.07818, section 5.2.2)."""
+    return 2 / (1 + math.exp(-10 * p)) - 1, (1 + 10 * p) ** -0.75
 
 
 def domain_loss(net, source, target, lambda_):
-    """Cross-entropy of the domain head on gradient-reversed features (B, C) of both domains: the head learns to tell them apart, the features not to."""
-    logits = net.domain(ReverseGradient.apply(torch.cat([source, target]), lambda_)).float()
-    domain = (torch.arange(len(logits), device=logits.device) >= len(source)).long()
-    return F.cross_entropy(F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits, domain)  # one logit: that of "target"
+    """Cross-entropy of the domain head on gradient-reversed features (B, C) of both domains.
+
+    domain head: minimise it; features: maximise it, lambda_ times as strongly (1505.07818).
+    """
+    features = ReverseGradient.apply(torch.cat([source, target]), lambda_)
+    logits = net.domain(features).float()
+    if logits.shape[1] == 1:  # the arch "paper" has the logit of "target" alone
+        logits = F.pad(logits, (1, 0))
+    domain = torch.ones(len(logits), dtype=torch.long, device=logits.device)
+    domain[: len(source)] = 0
+    return F.cross_entropy(logits, domain)
 
 
 def align(probabilities, marginal, power):
-    """Distribution alignment (1911.09785, section 3.1) towards equally frequent digits: (B, 10) times marginal^-power, normalised.
+    """Distribution alignment (1911.09785, section 3.1) towards equally frequent digits.
 
-    Without it a digit that is often mistaken for another dies out: fewer pseudo-labels, fewer predictions, fewer pseudo-labels.
+    (B, 10) times marginal^-power, normalised. Without it a digit that is often mistaken dies out:
+    fewer pseudo-labels lead to fewer predictions, and these to fewer pseudo-labels.
     """
     p = probabilities * marginal.clamp(min=1e-3) ** -power
     return p / p.sum(1, keepdim=True)
 
 
 def consistency_loss(student, probabilities, threshold):
-    """Cross-entropy with the teacher's digit where the teacher is surer than `threshold`, else 0 (2001.07685, equation 4).
+    """Cross-entropy with the teacher's digit where the teacher is surer than `threshold`, else 0.
 
-    student: logits (B, 10); probabilities: the teacher's (B, 10). Returns the mean over the batch and the share of images that passed.
+    2001.07685, equation 4. student: logits (B, 10). probabilities: the teacher's (B, 10).
+    Returns the mean over the batch and the share of images that counted.
     """
     confidence, digit = probabilities.max(1)
     sure = (confidence > threshold).float()
     return (sure * F.cross_entropy(student, digit, reduction="none")).mean(), sure.mean()
 
 
-def schedules(p):
-    """(lambda_ up to 1, learning rate factor) at progress p in [0, 1] of training: 2 / (1 + e^-10p) - 1 and (1 + 10p)^-0.75 (1505.07818, section 5.2.2)."""
-    return 2 / (1 + math.exp(-10 * p)) - 1, (1 + 10 * p) ** -0.75
+THRESHOLD = 0.9  # the teacher's probability from which its digit counts
+ALIGN = 0.5  # 0: pseudo-labels as they come; 1: all digits made equally frequent
+START = 0.3  # the share of training after which the consistency loss sets in
+RAMP = 0.2  # the share of training within which its weight then rises to 1
 
 
-# ------------------------------------------------------------------ train
+def losses(args, model, ema, x, y, u, p):
+    """The losses of one step: (class, adaptation, share of images with a sure teacher).
 
-def bf16_available(device):
-    """True where bfloat16 is fast: CUDA compute capability 8 and later, CPUs with AMX or AVX512-BF16."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    x: labelled images, float (B, 3, 28, 28) in [-1, 1]; y: their digits (B,).
+    u: target images like x, or None. p: progress of training in [0, 1].
+    Source and target pass through the model one after the other: each has BatchNorm statistics of its own.
+    The EMA network sees target images only, so its BatchNorm statistics are the target's (1603.04779).
+    """
+    augmented = args.training in ("supervised", "dann-mt")  # the DANN paper trains on images as they are
+    nothing = torch.zeros((), device=x.device)
 
+    # label head and features: minimise the cross-entropy of the labelled digits
+    features = model.embed(augment(x, 1.0) if augmented else x)
+    class_loss = F.cross_entropy(model.label(features).float(), y)
+    if u is None:
+        return class_loss, nothing, nothing
 
-SETTINGS = ("arch", "training", "labelled", "unlabelled", "steps", "batch_size", "lr", "seed", "images")
-KEYS = {"script", "args", "ema"}  # of a checkpoint that predicts; --resume needs the rest as well
-LOG = ("step", "class_loss", "adaptation_loss", "sure", "images_per_s", "seconds")
+    with torch.no_grad():  # the teacher is the EMA network (1703.01780)
+        teacher = ema(augment(u, 0.3) if augmented else u).float().softmax(1)
+        ema.marginal.lerp_(teacher.mean(0), 0.01)
 
+    # domain head: minimise the cross-entropy of the domains, features: maximise it (1505.07818)
+    target = model.embed(cutout(augment(u, 1.0)) if augmented else u)
+    lambda_, _ = schedules(p)
+    adaptation = domain_loss(model, features, target, lambda_)
+    if args.training == "dann":
+        return class_loss, adaptation, nothing
 
-def save_checkpoint(args, model, ema, optim, step, seconds, log):
-    """Writes all that training needs to go on, and log.csv, whole or not at all. Returns what went wrong, or None."""
-    path, temporary = Path(args.ckpt[0]), Path(f"{args.ckpt[0]}.tmp")
-    rng = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(args.device)} if args.device.type == "cuda" else {})}
-    state = {"script": "p4_dann", "args": {k: getattr(args, k) for k in SETTINGS}, "step": step, "seconds": seconds,
-             "model": model.state_dict(), "ema": ema.state_dict(), "optim": optim.state_dict(), "rng": rng, "log": log}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", newline="") as f:
-            csv.writer(f).writerows([LOG, *log])
-        os.replace(temporary, path.with_suffix(".log.csv"))
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
-        temporary.unlink(missing_ok=True)
-        return f"--ckpt {path}: cannot be written ({e}); an older checkpoint there is unchanged"
-
-
-def load_checkpoint(path, args):
-    """A checkpoint of this script, read without running code from it."""
-    if not Path(path).is_file():
-        pair = f" --source {args.source} --target {args.target}" if args.target else ""
-        fail(f"--ckpt {path}: no such file; make one with: python p4_dann.py --mode train --method {args.method}{pair} --data DIR --ckpt {path}")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch.load raises many types for damaged or hostile files
-        fail(f"--ckpt {path}: not a readable checkpoint ({type(e).__name__}); truncated, or not written by p4_dann.py --mode train")
-    if not isinstance(ckpt, dict) or ckpt.get("script") != "p4_dann" or KEYS - ckpt.keys() or not isinstance(ckpt["args"], dict) or set(SETTINGS) - set(ckpt["args"]):
-        fail(f"--ckpt {path}: not a checkpoint of this p4_dann.py; found {ckpt.get('script', 'another dict') if isinstance(ckpt, dict) else type(ckpt).__name__}")
-    return ckpt
+    # label head and features: minimise the cross-entropy of the teacher's sure digits (2001.07685)
+    pseudo = align(teacher, ema.marginal, ALIGN)
+    consistency, sure = consistency_loss(model.label(target).float(), pseudo, THRESHOLD)
+    weight = min(max(p - START, 0) / RAMP, 1)
+    return class_loss, adaptation + weight * consistency, sure
 
 
-def load_training_set(args):
-    """(labelled images, their labels, target images without labels or None) on the device; args.images becomes their fingerprint."""
-    from common import load_digits
-    images, labels = (v.to(args.device) for v in load_digits(args.data, args.labelled, "train"))
-    target = load_digits(args.data, args.unlabelled, "train")[0].to(args.device) if args.unlabelled else None
-    args.images = [[len(v), v.sum().item()] for v in (images, target) if v is not None]
-    return images, labels, target
+# ---------------- train ----------------
 
-
-def matching_checkpoint(args):
-    """The checkpoint in --ckpt, if it was made with the settings and the images of `args`; any difference is refused, not ignored."""
-    ckpt = load_checkpoint(args.ckpt[0], args)
-    if "optim" not in ckpt:
-        fail(f"{args.ckpt[0]} holds the averaged network alone, without the state of training; give another --ckpt")
-    differ = [f"{k} {getattr(args, k)} (checkpoint: {ckpt['args'][k]})" for k in SETTINGS if getattr(args, k) != ckpt["args"][k]]
-    if differ:
-        fail(f"other settings than those of {args.ckpt[0]}: {', '.join(differ)}; pass the checkpoint's, or another --ckpt")
-    return ckpt
-
-
-def resume(args, model, ema, optim):
-    """Loads --ckpt into the training state; returns step, seconds and log."""
-    ckpt = matching_checkpoint(args)
-    model.load_state_dict(ckpt["model"])
-    ema.load_state_dict(ckpt["ema"])
-    optim.load_state_dict(ckpt["optim"])
-    torch.set_rng_state(ckpt["rng"]["cpu"])
-    if args.device.type == "cuda" and "cuda" in ckpt["rng"]:
-        torch.cuda.set_rng_state(ckpt["rng"]["cuda"], args.device)
-    return ckpt["step"], ckpt["seconds"], ckpt["log"]
+EMA_DECAY = 0.99  # of the teacher, which is also the network that predicts
 
 
 @torch.no_grad()
 def update_ema(ema, model, step, buffers):
-    """ema <- decay ema + (1 - decay) model (1703.01780); buffers: BatchNorm statistics are copied, else they are the EMA network's own."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), max(1 - EMA_DECAY, 1 / step))
+    """ema <- decay ema + (1 - decay) model (1703.01780).
+
+    buffers: the BatchNorm statistics are the model's; else they are the EMA network's own.
+    """
+    for average, parameter in zip(ema.parameters(), model.parameters()):
+        average.lerp_(parameter, max(1 - EMA_DECAY, 1 / step))
     if buffers:
-        for target, source in zip(ema.buffers(), model.buffers()):
-            target.copy_(source)
+        for average, buffer in zip(ema.buffers(), model.buffers()):
+            average.copy_(buffer)
 
 
 def teaching(ema):
-    """The EMA network's mode in training: BatchNorm by its own batches, noise on the input, no dropout."""
+    """The EMA network's mode in training: BatchNorm by its own batches, noisy input, no dropout."""
     for module in ema.modules():
         module.train(not isinstance(module, (nn.Dropout, nn.Dropout2d)))
 
 
-def losses(args, model, ema, x, y, u, p):
-    """Losses of one step: (class, adaptation, share of images with a sure teacher).
+def train(args, images, labels, target=None, evaluate=None):
+    """Trains for args.steps steps, writes args.ckpt, returns the EMA network in eval mode.
 
-    x: labelled images, float (B, 3, 28, 28) in [-1, 1], y (B,) digits; u: unlabelled target images or None; p: progress of training in [0, 1].
-    source, dann and target train on the images as they are, as the DANN paper does; source-aug and dann-mt augment.
-    Source and target pass through the model separately: in training each is normalised with its own batch statistics. The EMA network
-    sees target images only, so the BatchNorm statistics that predictions use later are the target's.
+    images: uint8 (N, 3, 28, 28). labels: int64 (N,) in 0..9. args: parse_args([...]).
+    target: unlabelled images like `images`; None for the methods source, source-aug and target.
+    evaluate: evaluate(network, step) sees the EMA network 20 times; training takes nothing from it.
+    Raises ValueError, FloatingPointError (loss not finite), KeyboardInterrupt (after Ctrl-C; saved).
     """
-    plain = args.training in ("plain", "dann")
-    features = model.embed(x if plain else augment(x, 1.0))
-    class_loss, sure = F.cross_entropy(model.label(features).float(), y), torch.zeros((), device=x.device)
-    if u is None:
-        return class_loss, torch.zeros_like(sure), sure
-    with torch.no_grad():
-        teacher = ema(u if plain else augment(u, 0.3)).float().softmax(1)
-        ema.marginal.lerp_(teacher.mean(0), 0.01)
-    target = model.embed(u if plain else cutout(augment(u, 1.0)))
-    adaptation = domain_loss(model, features, target, schedules(p)[0])
-    if args.training == "dann-mt":
-        consistency, sure = consistency_loss(model.label(target).float(), align(teacher, ema.marginal, ALIGN), THRESHOLD)
-        adaptation = adaptation + min(max(p - START, 0) / RAMP, 1) * consistency
-    return class_loss, adaptation, sure
-
-
-def train(args):
-    """Trains --method for --steps steps; Ctrl-C saves and exits with 130. No label of the target is used (--method target: all of its)."""
-    from common import claim_checkpoint, load_digits
-    from tqdm import tqdm
-    path = args.ckpt[0]
-    claim_checkpoint(path, args.resume)
-    images, labels, target = load_training_set(args)
-    val, truth = load_digits(args.data, args.target, "val")  # for the accuracy that is printed
+    check_training_set(args, images, labels, target)
     torch.manual_seed(args.seed)
-    model, ema = build(args), build(args)
+    model = build(args)
+    ema = build(args)
     ema.load_state_dict(model.state_dict())
     teaching(ema)
     optim = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    step, seconds, log = resume(args, model, ema, optim) if args.resume else (0, 0.0, [])
-    unlabelled = f", unlabelled {args.unlabelled} {len(target):,}" if args.unlabelled else ""
-    print(f"{args.training}, labelled {args.labelled} {len(images):,} images{unlabelled}; {args.arch}: "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.device}, {'bf16' if args.bf16 else 'float32'}", flush=True)
-    stop, leak = [], []
-    handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", mininterval=1 if sys.stderr.isatty() else 60)
-    start = saved = time.perf_counter()
-    total, count, last, done = torch.zeros(3, device=args.device), 0, seconds, step >= args.steps
-    try:
-        while not done:
-            p, i = step / args.steps, torch.randint(len(images), (args.batch_size,), device=args.device)
-            u = target[torch.randint(len(target), (args.batch_size,), device=args.device)].float() / 127.5 - 1 if args.unlabelled else None
-            optim.param_groups[0]["lr"] = args.lr * schedules(p)[1] * min((step + 1) / 100, 1)
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-                parts = torch.stack(losses(args, model, ema, images[i].float() / 127.5 - 1, labels[i], u, p))
-            optim.zero_grad()
-            parts[:2].sum().backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-            optim.step()
-            step += 1
-            update_ema(ema, model, step, buffers=not args.unlabelled)
-            total, count = total + parts.detach() + 0 * norm, count + 1  # 0 * inf is NaN: gradients are checked with the loss
-            bar.update()
-            done, due = step == args.steps or bool(stop), time.perf_counter() - saved > 120
-            if step % min(100, max(10, args.steps // 20)) == 0 or done or due:
-                mean, now = (total / count).tolist(), seconds + time.perf_counter() - start
-                if not all(map(math.isfinite, mean)):
-                    fail(f"loss is {mean[0] + mean[1]} at step {step}; {path} keeps the last good state, if any; try a lower --lr", code=1)
-                log.append((step, *(round(v, 5) for v in mean), round(count * args.batch_size / max(now - last, 1e-9), 1), round(now, 1)))
-                bar.set_postfix(loss=f"{mean[0]:.3f}", adaptation=f"{mean[1]:.3f}", images_per_s=f"{log[-1][-2]:.0f}")
-                total, count, last = torch.zeros_like(total), 0, now
-                if due and (problem := save_checkpoint(args, model, ema, optim, step, now, log)):
-                    print(f"warning: {problem}; training goes on", file=sys.stderr)
-                saved = time.perf_counter() if due else saved
-            if args.oracle and step * 20 // args.steps > (step - 1) * 20 // args.steps:
-                leak.append((accuracy(ema, val, truth), step))
-                teaching(ema)
-        seconds += time.perf_counter() - start
-        if problem := save_checkpoint(args, model, ema, optim, step, seconds, log):
-            fail(problem)
-    finally:
-        bar.close()
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
-    print(f"{path}: step {step}, {seconds:.0f} s of training")
-    if step < args.steps:
-        print("stopped; go on with --resume", file=sys.stderr)
-        raise SystemExit(130)
-    print(f"{args.target} val accuracy {100 * accuracy(ema, val, truth):.2f} % ({len(truth)} images, last step; nothing was chosen by it)")
-    if leak:
-        print(f"oracle, a LEAK of target labels: {100 * max(leak)[0]:.2f} % at step {max(leak)[1]}, the best of {len(leak)} evaluations")
+    run = Run(args, images, target, model=model, ema=ema, optim=optim)
+    looks = {math.ceil(args.steps * k / 20) for k in range(1, 21)}
+    images = images.to(args.device)
+    labels = labels.to(args.device)
+    if target is not None:
+        target = target.to(args.device)
+    for step in run:
+        p = (step - 1) / args.steps
+        i = torch.randint(len(images), (args.batch_size,), device=args.device)
+        x = images[i].float() / 127.5 - 1
+        u = None
+        if target is not None:
+            i_target = torch.randint(len(target), (args.batch_size,), device=args.device)
+            u = target[i_target].float() / 127.5 - 1
+
+        _, factor = schedules(p)
+        optim.param_groups[0]["lr"] = args.lr * factor * min(step / 100, 1)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            class_loss, adaptation, sure = losses(args, model, ema, x, labels[i], u, p)
+        optim.zero_grad()
+        (class_loss + adaptation).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optim.step()
+        update_ema(ema, model, step, buffers=target is None)
+        run.record(class_loss=class_loss, adaptation_loss=adaptation, sure=sure, gradient=norm)
+        if evaluate is not None and step in looks:
+            evaluate(ema.eval(), step)
+            teaching(ema)
+    return ema.eval()
 
 
-# ------------------------------------------------------------------ predict
-
-def load_model(path, args):
-    """(EMA network of a checkpoint in eval mode, its settings); a warning if it was adapted to another target than --target."""
-    ckpt = load_checkpoint(path, args)
-    settings = ckpt["args"]
-    model = build(argparse.Namespace(arch=settings["arch"], device=args.device)).eval()
-    model.load_state_dict(ckpt["ema"])
-    if args.target and settings["unlabelled"] not in (None, args.target):
-        print(f"warning: {path} was adapted to {settings['unlabelled']}, the images are of {args.target}", file=sys.stderr)
-    return model, settings
+# ---------------- predict ----------------
 
 
 @torch.inference_mode()
 def predict(models, images):
-    """Vote of `models`: uint8 (N, 3, 28, 28) -> digits (N,) on the CPU; the mean probability decides between digits with equally many votes."""
+    """The vote of one or several networks in eval mode: uint8 (N, 3, 28, 28) -> digits (N,) on the CPU.
+
+    Between digits with equally many votes the higher mean probability decides.
+    Raises ValueError for images of another kind.
+    """
+    check_images("images", images)
+    device = next(models[0].parameters()).device
     digits = []
     for batch in images.split(500):
-        x = batch.to(next(models[0].parameters()).device).float() / 127.5 - 1
-        probabilities = torch.stack([model(x).softmax(1) for model in models])  # (models, B, 10), float32 always
+        x = batch.to(device).float() / 127.5 - 1
+        probabilities = torch.stack([model(x).softmax(1) for model in models])  # (models, B, 10)
         votes = F.one_hot(probabilities.argmax(2), DIGITS).sum(0)
         digits.append((votes + 0.5 * probabilities.mean(0)).argmax(1).cpu())
     return torch.cat(digits)
 
 
 def accuracy(model, images, labels):
-    """Share of uint8 images (N, 3, 28, 28) whose digit `model`, put into eval mode, predicts as `labels` say."""
-    return (predict([model.eval()], images) == labels).float().mean().item()
+    """The share of uint8 images (N, 3, 28, 28) that the network in eval mode predicts as `labels` say."""
+    return (predict([model], images) == labels).float().mean().item()
 
 
-def read_images(folder):
-    """All images of a folder, of any size and mode, as (sorted names, uint8 (N, 3, 28, 28)); what is no image is skipped with a warning."""
-    if not Path(folder).is_dir():
-        fail(f"--input {folder}: no such folder of images")
-    names, images = [], []
-    for name in sorted(os.listdir(folder)):
+# ---------------- evaluate and plots ----------------
+
+
+def read_folder(folder):
+    """(names, uint8 (N, 3, 28, 28)) of the images in `folder`; damaged ones are skipped with a warning."""
+    from common import list_images, read_image
+
+    names = []
+    images = []
+    for path in list_images(folder):
         try:
-            with Image.open(Path(folder) / name) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width}x{image.height} pixels, expected at most {MAX_PIXELS} in all")
-                images.append(np.asarray(to_rgb(image).resize((SIZE, SIZE), Image.Resampling.BILINEAR)))
-            names.append(name)
-        except Exception as e:  # PIL's readers raise many types
-            print(f"warning: {Path(folder) / name}: skipped, not a readable image ({type(e).__name__}: {str(e)[:80]})", file=sys.stderr)
+            images.append(read_image(path, (SIZE, SIZE)))
+            names.append(path.name)
+        except ValueError as e:
+            print(f"warning: skipped: {e}", file=sys.stderr)
     if not images:
-        fail(f"--input {folder}: no images in it")
+        raise ValueError(f"--input {folder}: none of its images can be read")
     return names, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
-def to_rgb(image):
-    """PIL image of any mode -> RGB: 16 bits are scaled to 8, transparency is laid on white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def domain_of(folder):
-    """The domain that the last matching component of a path names, as the 2022 and 2023 graders need: .../digits/svhn/test -> svhn; or None."""
+    """The domain that the last matching part of a path names (.../digits/svhn/test: svhn), or None.
+
+    The graders of 2022 and 2023 name the target in no other way.
+    """
     for part in reversed(Path(os.path.abspath(folder)).parts):
-        found = [d for d in DOMAINS if d in part.lower().replace("-", "").replace("_", "")]
+        name = part.lower().replace("-", "").replace("_", "")
+        found = [domain for domain in DOMAINS if domain in name]
         if len(found) == 1:
             return found[0]
+    return None
 
 
-def write_whole(path, text):
-    """Writes a text file, whole or not at all."""
-    temporary = Path(f"{path}.tmp")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")  # as the names came from the file system
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def describe(settings):
+    """The training of a network, for messages: "dann, mnistm to svhn" or "plain, mnistm alone"."""
+    if settings.unlabelled is None:
+        return f"{settings.training}, {settings.labelled} alone"
+    return f"{settings.training}, {settings.labelled} to {settings.unlabelled}"
 
 
 def write_predictions(args):
-    """Writes --out, header image_name,label and one row per image of --input, by the vote of the networks in --ckpt."""
-    names, images = read_images(args.input)
-    models, settings = zip(*[load_model(path, args) for path in args.ckpt])
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([("image_name", "label"), *zip(names, predict(models, images).tolist())])
-    write_whole(args.out, table.getvalue())
-    how = ", ".join(f"{path} ({s['training']}, {s['labelled']}{' to ' + s['unlabelled'] if s['unlabelled'] else ' alone'})" for path, s in zip(args.ckpt, settings))
-    print(f"{args.out}: {len(names)} rows, target {args.target or 'not named'}, {how}")
+    """Writes --out: the header image_name,label and a row for each image of --input, by vote of --ckpt."""
+    names, images = read_folder(args.input)
+    models = []
+    for path in args.ckpts:
+        model, settings = load_model(path, args.device)
+        models.append(model)
+        print(f"{path}: {describe(settings)}")
+        if args.target is not None and settings.unlabelled not in (None, args.target):
+            message = f"{path} was adapted to {settings.unlabelled}, the images are of {args.target}"
+            print(f"warning: {message}", file=sys.stderr)
+    digits = predict(models, images).tolist()
+    write_csv(args.out, [("image_name", "label"), *zip(names, digits)])
+    print(f"{args.out}: {len(names)} rows, target {args.target or 'not named'}")
 
 
-# ------------------------------------------------------------------ evaluate, table and plots
+def read_labels(path):
+    """Rows (image_name, label) of a CSV, both as text; ValueError where it is not in the course's form."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"{path}: cannot be read as CSV ({e})") from e
+    if not rows or rows[0][:2] != ["image_name", "label"]:
+        found = ",".join(rows[0])[:60] if rows else "nothing"
+        raise ValueError(f"{path}: found {found} in its first line, expected image_name,label")
+    del rows[0]
+    for row in rows:
+        if len(row) < 2:
+            raise ValueError(f"{path}: found a row {row[0][:60]!r}, expected image_name,label in every row")
+    odd = [row[1] for row in rows if row[1] not in tuple("0123456789")]
+    if odd:
+        some = ", ".join(repr(label[:20]) for label in list(dict.fromkeys(odd))[:3])
+        message = f"{path}: {len(odd)} of {len(rows)} labels are no plain digits ({some})"
+        print(f"warning: {message}; the grader compares text", file=sys.stderr)
+    return [(row[0], row[1]) for row in rows]
+
 
 def evaluate(args):
-    """Accuracy of the CSV --input against the CSV --gt by the 2021 grader's rules.
+    """Prints the accuracy of the CSV --input against the CSV --gt, by the rules of the 2021 grader.
 
-    Both are read as names -> labels, as text; every predicted name must be in --gt; the share is that of the predicted rows.
+    Names and labels are text. Every predicted name must be in --gt. The share is that of the predicted
+    rows, and of rows with one name the last counts.
     """
-    def read(path):
-        try:
-            with open(path, newline="", encoding="utf-8-sig") as f:
-                rows = [row for row in csv.reader(f) if row]
-        except (OSError, UnicodeDecodeError, csv.Error) as e:
-            fail(f"{path}: cannot be read as CSV ({e})")
-        if not rows or rows[0][:2] != ["image_name", "label"]:
-            fail(f"{path}: found {','.join(rows[0])[:60] if rows else 'nothing'} in its first line, expected image_name,label")
-        if short := [row for row in rows if len(row) < 2]:
-            fail(f"{path}: found a row {short[0][0][:60]!r}, expected image_name,label in every row")
-        return {row[0]: row[1] for row in rows[1:]}, len(rows) - 1
-
-    (predicted, n), (truth, _) = read(args.input), read(args.gt)
-    if n > len(predicted):
-        print(f"warning: {args.input}: {n - len(predicted)} names occur twice or more; the last row of each counts", file=sys.stderr)
+    rows = read_labels(args.input)
+    predicted = dict(rows)
+    truth = dict(read_labels(args.gt))
     for name in predicted:
         if name not in truth:
-            fail(f'Item mismatch: "{name}" does not exist in the provided ground truth file.')
+            raise ValueError(f'Item mismatch: "{name}" does not exist in the provided ground truth file.')
     if not predicted:
-        fail(f"{args.input}: no predictions")
-    if missing := len(truth) - len(predicted):
-        print(f"warning: {args.input}: {missing} of {len(truth)} images have no prediction; the grader's rule leaves them out of the count", file=sys.stderr)
+        raise ValueError(f"{args.input}: no predictions")
+    if len(rows) > len(predicted):
+        message = f"{len(rows) - len(predicted)} names occur twice or more; the last row of each counts"
+        print(f"warning: {args.input}: {message}", file=sys.stderr)
+    if len(truth) > len(predicted):
+        message = f"{len(truth) - len(predicted)} of {len(truth)} images have no prediction"
+        print(f"warning: {args.input}: {message}; the grader leaves them out of the count", file=sys.stderr)
     correct = sum(truth[name] == label for name, label in predicted.items())
     print(f"Accuracy: {correct}/{len(predicted)} ({100 * correct / len(predicted):.2f}%)")
 
 
 def table(args):
-    """Trains what is missing among methods x scenarios x seeds, and writes the reports' table: accuracy on the target's val part, mean and standard deviation.
+    """Trains what is missing among methods x scenarios x seeds and writes the reports' table.
 
-    "Trained on source" and "trained on target" share one network per domain and seed, whatever the scenario.
+    A cell is the accuracy on the target's val part, as mean and standard deviation over the seeds.
+    source and target have one network for each domain and seed, whatever the scenario.
     """
     from common import load_digits
+
+    check_folder(args.out)
     runs = []
     for method, scenario, seed in itertools.product(args.methods, args.scenarios, args.seeds):
         source, target = scenario.split("-")
-        run = argparse.Namespace(**{**vars(args), "method": method, "source": source, "target": target, "seed": seed, "ckpt": None})
-        settle(run, (args.ckpt or ["checkpoints"])[0])
-        if Path(run.ckpt[0]).exists():  # one of other settings or data shows now, not after hours of training
-            load_training_set(run)
-            matching_checkpoint(run)
-        runs.append((method, scenario, run))
-    validation = {target: load_digits(args.data, target, "val") for target in sorted({run.target for _, _, run in runs})}
-    cells = {}
-    for method, scenario, run in runs:
-        run.resume = Path(run.ckpt[0]).exists()
-        if not run.resume or load_checkpoint(run.ckpt[0], run)["step"] < run.steps:
-            train(run)
-        share = accuracy(load_model(run.ckpt[0], run)[0], *validation[run.target])
-        cells.setdefault(method, {}).setdefault(scenario, []).append({"seed": run.seed, "ckpt": run.ckpt[0], "accuracy": share})
-    rows = [f"| % of the val images, seeds {' '.join(map(str, args.seeds))} | " + " | ".join(f"{s.replace('-', ' → ')} ({len(validation[s.split('-')[1]][1])})" for s in args.scenarios) + " |",
-            "|---" * (len(args.scenarios) + 1) + "|"]
+        run = settle(args, method=method, source=source, target=target, seed=seed)
+        runs.append(replace(run, scenario=scenario, ckpt=str(Path(args.ckpt) / f"{run.name}.pt")))
+    needed = {run.labelled for run in runs} | {run.unlabelled for run in runs if run.unlabelled}
+    data = {domain: load_digits(args.data, domain, "train") for domain in sorted(needed)}
+    targets = sorted({run.target for run in runs})
+    validation = {domain: load_digits(args.data, domain, "val") for domain in targets}
+    for run in runs:  # a damaged or foreign checkpoint shows now, not after hours of training
+        if Path(run.ckpt).exists():
+            images, _, unlabelled = training_set(run, data)
+            matching_checkpoint(run.ckpt, settings_of(run, images, unlabelled))
+            load_model(run.ckpt)
+
+    cells = {method: {scenario: [] for scenario in args.scenarios} for method in args.methods}
+    for run in runs:
+        exists = Path(run.ckpt).exists()
+        if not exists or load_checkpoint(run.ckpt)["step"] < run.steps:
+            train(replace(run, resume=exists), *training_set(run, data))
+        model, _ = load_model(run.ckpt, run.device)
+        share = accuracy(model, *validation[run.target])
+        cells[run.method][run.scenario].append({"seed": run.seed, "ckpt": run.ckpt, "accuracy": share})
+
+    header = f"| % of the val images, seeds {' '.join(map(str, args.seeds))} |"
+    for scenario in args.scenarios:
+        source, target = scenario.split("-")
+        header += f" {source} → {target} ({len(validation[target][1])}) |"
+    lines = [header, "|---" * (len(args.scenarios) + 1) + "|"]
     for method, results in cells.items():
-        shares = [[100 * run["accuracy"] for run in results[scenario]] for scenario in args.scenarios]
-        rows.append(f"| {METHODS[method]} | " + " | ".join(f"{np.mean(v):.1f}" + (f" ± {np.std(v, ddof=1):.1f}" if len(v) > 1 else "") for v in shares) + " |")
-    write_whole(Path(args.out) / "table.md", "\n".join(rows) + "\n")
-    write_whole(Path(args.out) / "table.json", json.dumps(cells, indent=1))
-    print("\n".join(rows))
+        numbers = [mean_and_sd(results[scenario]) for scenario in args.scenarios]
+        lines.append(f"| {METHODS[method]} | {' | '.join(numbers)} |")
+    text = "\n".join(lines)
+    print(text)
+    write_text(Path(args.out) / "table.md", f"{text}\n")
+    write_text(Path(args.out) / "table.json", json.dumps(cells, indent=1))
+
+
+def mean_and_sd(results):
+    """A cell of the table: the mean in per cent and, of several seeds, the standard deviation."""
+    shares = [100 * result["accuracy"] for result in results]
+    text = f"{np.mean(shares):.1f}"
+    if len(shares) > 1:
+        text += f" ± {np.std(shares, ddof=1):.1f}"
+    return text
 
 
 def a_distance(source, target):
-    """Proxy A-distance 2 (1 - 2 error) of a linear classifier of the domains, error on a held-out half: 0 alike, 2 apart (1505.07818, section 5.1.5)."""
+    """Proxy A-distance 2 (1 - 2 error) of features (N, C): 0 alike, 2 apart (1505.07818, section 5.1.5).
+
+    The error is that of a linear classifier of the domains on a held-out half.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    x, y = np.concatenate([source, target]), np.repeat([0, 1], [len(source), len(target)])
-    accuracy = cross_val_score(make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)), x, y, cv=2).mean()
-    return max(2 * (2 * accuracy - 1), 0.0)
+
+    x = np.concatenate([source, target])
+    y = np.repeat([0, 1], [len(source), len(target)])
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    share = cross_val_score(classifier, x, y, cv=2).mean()
+    return max(2 * (2 * share - 1), 0.0)
 
 
+def drawn_domains(args, settings):
+    """The (source, target) that tsne draws: those of the training; for one domain those of the options.
+
+    ValueError where options and checkpoint contradict.
+    """
+    trained = (settings.labelled, settings.unlabelled)
+    named = (args.source, args.target)
+    if settings.unlabelled is None:
+        right = None not in named and settings.labelled in named and args.source != args.target
+        pair = named
+        expected = f"--source and --target, one of them {settings.labelled}"
+    else:
+        right = args.source in (None, trained[0]) and args.target in (None, trained[1])
+        pair = trained
+        expected = "the domains of its training; leave --source and --target out"
+    if not right:
+        found = f"--source {args.source} --target {args.target} with {args.ckpt} ({describe(settings)})"
+        raise ValueError(f"{found}: expected {expected}")
+    return pair
+
+
+@torch.inference_mode()
 def tsne(args):
-    """t-SNE after PCA of the CNN features of equally many val images of both domains: two figures, by digit and by domain; prints the proxy A-distance."""
-    from common import load_digits, save_scatter
+    """t-SNE, after PCA, of the CNN features of equally many val images of both domains.
+
+    Writes two figures, by digit and by domain, and the network; prints the proxy A-distance.
+    """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
-    model, settings = load_model(args.ckpt[0], args)
-    sets = [load_digits(args.data, domain, "val") for domain in (args.source, args.target)]
-    num, features, digits = min(args.num, *(len(labels) for _, labels in sets)), [], []
+
+    from common import import_matplotlib, load_digits, save_scatter
+
+    import_matplotlib()  # if it is missing, this shows before the work
+    model, settings = load_model(args.ckpt, args.device)
+    source, target = drawn_domains(args, settings)
+    check_folder(args.out)
+    sets = [load_digits(args.data, domain, "val") for domain in (source, target)]
+    num = min(args.num, *(len(labels) for _, labels in sets))
+    features = []
+    digits = []
     for images, labels in sets:
         chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed))[:num]
-        with torch.inference_mode():
-            features.append(torch.cat([model.embed(b.to(args.device).float() / 127.5 - 1) for b in images[chosen].split(500)]).cpu().numpy())
+        parts = [model.embed(x.to(args.device).float() / 127.5 - 1) for x in images[chosen].split(500)]
+        features.append(torch.cat(parts).cpu().numpy())
         digits.append(labels[chosen].numpy())
     points = PCA(min(50, num), random_state=args.seed).fit_transform(np.concatenate(features))
-    points = TSNE(random_state=args.seed, init="pca", perplexity=min(30, (2 * num - 1) / 3)).fit_transform(points)
-    which = settings["training"] if settings["unlabelled"] else f"{settings['training']}-{settings['labelled']}"
-    out, name = Path(args.out), f"tsne_{args.source}_{args.target}_{which}"
-    write_whole(out / f"network_{which}.txt", f"{sum(p.numel() for p in model.parameters()):,} parameters\n{model}\n")
-    title = f"{which}, {args.source} to {args.target}, {num} val images each"
-    save_scatter(out / f"{name}_digit.png", points, np.concatenate(digits), [str(d) for d in range(DIGITS)], f"{title}, by digit")
-    save_scatter(out / f"{name}_domain.png", points, np.repeat([0, 1], num), [args.source, args.target], f"{title}, by domain")
-    print(f"{out}: {name}_digit.png, {name}_domain.png; proxy A-distance {a_distance(*features):.3f}")
+    perplexity = min(30, (2 * num - 1) / 3)
+    points = TSNE(random_state=args.seed, init="pca", perplexity=perplexity).fit_transform(points)
+
+    which = settings.training
+    if settings.unlabelled is None:
+        which = f"{settings.training}-{settings.labelled}"
+    out = Path(args.out)
+    name = f"tsne_{source}_{target}_{which}"
+    title = f"{which}, {source} to {target}, {num} val images each"
+    numerals = [str(digit) for digit in range(DIGITS)]
+    save_scatter(out / f"{name}_digit.png", points, np.concatenate(digits), numerals, f"{title}, by digit")
+    groups = np.repeat([0, 1], num)
+    save_scatter(out / f"{name}_domain.png", points, groups, [source, target], f"{title}, by domain")
+    parameters = sum(p.numel() for p in model.parameters())
+    write_text(out / f"network_{which}.txt", f"{parameters:,} parameters\n{model}\n")
+    distance = a_distance(*features)
+    print(f"{out}: {name}_digit.png, {name}_domain.png; proxy A-distance {distance:.3f}")
 
 
-# ------------------------------------------------------------------ command line
+# ---------------- the reports ----------------
+
+
+def report_layers(arch):
+    """(features, label head, domain head) of "small" (2022b, 355,164) or "paper" (2023, 976,651 parameters).
+
+    Our own input comes before them (Net). Raises ValueError for another arch.
+    """
+    if arch == "small":
+        features = nn.Sequential(
+            conv(3, 64, 5),
+            nn.MaxPool2d(2),  # (B, 64, 12, 12)
+            nn.Sequential(nn.Conv2d(64, 48, 5), nn.BatchNorm2d(48)),
+            nn.Dropout2d(0.3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),  # (B, 768)
+        )
+        label = nn.Sequential(
+            nn.Dropout(0.3),
+            nn.Linear(768, 192),
+            nn.BatchNorm1d(192),
+            nn.Mish(),
+            nn.Dropout(0.3),
+            mlp(nn.Mish, 192, 128, DIGITS),
+        )
+        return features, label, nn.Sequential(nn.Dropout(0.3), mlp(nn.Mish, 768, 128, 2))
+    if arch == "paper":
+        features = nn.Sequential(
+            conv(3, 64, 4),
+            nn.MaxPool2d(3, 2),  # (B, 64, 12, 12)
+            nn.Sequential(nn.Conv2d(64, 64, 5), nn.BatchNorm2d(64)),
+            nn.Dropout2d(0.5),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2),  # (B, 64, 3, 3)
+            nn.Conv2d(64, 128, 3),
+            nn.Flatten(),  # (B, 128)
+        )
+        return features, mlp(nn.ReLU, 128, 1024, 256, DIGITS), mlp(nn.ReLU, 128, 1024, 256, 1)
+    raise ValueError(f"--arch {arch}: expected {', '.join(ARCHS)}")
+
+
+# ---------------- service: files, checkpoints, command line ----------------
+
+NAME = "p4_dann"
+METHODS = {
+    "source": "Trained on source",
+    "dann": "Adaptation (DANN)",
+    "target": "Trained on target",
+    "source-aug": "Trained on source, augmented",
+    "dann-mt": "Adaptation (DANN + mean teacher), augmented",
+}
+ARCHS = ("deep", "small", "paper")
+SOURCE = {"mnistm": "svhn", "svhn": "mnistm", "usps": "mnistm"}  # the course's source of each target
+SCENARIOS = ["mnistm-svhn", "mnistm-usps", "usps-mnistm", "svhn-mnistm", "usps-svhn"]
+# settings that a checkpoint keeps; --resume refuses others
+NETWORK = ("arch", "training", "labelled", "unlabelled")
+TRAINING = ("steps", "batch_size", "lr", "seed")
+
+
+def check_images(name, images):
+    """Raises ValueError unless images are uint8 (N, 3, 28, 28), N > 0."""
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, SIZE, SIZE) or len(images) == 0:
+        found = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"{name}: found {found}, expected uint8 (N, 3, {SIZE}, {SIZE})")
+
+
+def check_training_set(args, images, labels, target):
+    """Raises ValueError where the tensors have another form, or `target` does not fit the method."""
+    check_images("images", images)
+    n = len(images)
+    if labels.dtype != torch.int64 or labels.shape != (n,) or labels.min() < 0 or labels.max() >= DIGITS:
+        found = f"{labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(f"labels: found {found}, expected int64 ({n},) in 0 to {DIGITS - 1}")
+    if args.unlabelled is None and target is not None:
+        raise ValueError(f"target: found images, expected None; --method {args.method} does not use them")
+    if args.unlabelled is not None and target is None:
+        raise ValueError(f"target: found None, expected the images that --method {args.method} adapts to")
+    if target is not None:
+        check_images("target", target)
+
+
+def write_whole(path, write):
+    """Writes a file whole or not at all: write(file) fills a temporary file, which is then renamed."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; expected the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
+        temporary.unlink(missing_ok=True)
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise OSError(f"{path}: cannot be written ({reason})") from e
+
+
+def write_text(path, text):
+    """Writes a text file, whole or not at all."""
+    write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
+
+
+def write_csv(path, rows):
+    """Writes a CSV file, whole or not at all."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def check_folder(folder):
+    """Makes the folder; raises OSError where no file can be written into it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise OSError(f"{folder}: cannot be written into ({e.strerror})") from e
+
+
+def log_path(ckpt):
+    """model.log.csv for model.pt; for any other name that name with .log.csv."""
+    return Path(f"{str(ckpt).removesuffix('.pt')}.log.csv")
+
+
+def load_checkpoint(path):
+    """The dict of a checkpoint of this script, read without running code from it."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--ckpt {path}: no such file; {NAME}.py --mode train makes one")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch.load raises many types for damaged or hostile files
+        raise ValueError(f"--ckpt {path}: not a readable checkpoint ({type(e).__name__})") from e
+    found = type(ckpt).__name__
+    settings = None
+    if isinstance(ckpt, dict):
+        found = ckpt.get("script", list(ckpt)[:3])
+        settings = ckpt.get("args")
+    if found != NAME or "ema" not in ckpt or set(NETWORK) - set(settings or {}):
+        raise ValueError(f"--ckpt {path}: found {found}, expected a checkpoint of this {NAME}.py")
+    return ckpt
+
+
+def load_weights(net, state, path):
+    """Fills `net` from a state dict; names of DistributedDataParallel and torch.compile are understood.
+
+    Raises ValueError where names or shapes differ, or a weight is not finite.
+    """
+    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    differ = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+    if differ:
+        first = f"{differ[0]} is {found.get(differ[0])}, expected {wanted.get(differ[0])}"
+        raise ValueError(f"--ckpt {path}: {len(differ)} weights are not this network's; {first}")
+    broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"--ckpt {path}: {len(broken)} weights are not finite, for instance {broken[0]}")
+    net.load_state_dict(weights)
+
+
+def load_model(path, device="cpu"):
+    """(EMA network in eval mode, its settings) of a checkpoint, or of weights in .weights/.
+
+    Raises ValueError or OSError where the file is none of this script's.
+    """
+    ckpt = load_checkpoint(path)
+    settings = argparse.Namespace(**{**ckpt["args"], "device": torch.device(device)})
+    model = build(settings)
+    load_weights(model, ckpt["ema"], path)
+    return model.eval(), settings
+
+
+def settings_of(args, images, target):
+    """What a checkpoint keeps of a training: its settings, and for each data set the size and the sum."""
+    settings = {key: getattr(args, key) for key in NETWORK + TRAINING}
+    sets = [images]
+    if target is not None:
+        sets.append(target)
+    settings["images"] = [[len(part), part.sum().item()] for part in sets]
+    return settings
+
+
+def matching_checkpoint(path, settings):
+    """The checkpoint, if its training had the same settings and images; else ValueError."""
+    ckpt = load_checkpoint(path)
+    if "optim" not in ckpt:
+        raise ValueError(f"--ckpt {path}: holds an averaged network alone; give another --ckpt")
+    old = ckpt["args"]
+    differ = [
+        f"{key} {new} (checkpoint: {old.get(key)})" for key, new in settings.items() if new != old.get(key)
+    ]
+    if differ:
+        reason = ""
+        if settings["steps"] != old.get("steps"):
+            reason = "; no run is prolonged, because lambda and the learning rate depend on its length"
+        raise ValueError(f"--ckpt {path} has other settings: {', '.join(differ)}{reason}")
+    if not all(isinstance(row, dict) for row in ckpt["log"]):
+        raise ValueError(f"--ckpt {path}: of an earlier {NAME}.py; it predicts, but training cannot go on")
+    return ckpt
+
+
+def progress_bar(total, what, unit, initial=0):
+    """A tqdm bar, which also heeds TQDM_DISABLE; in a file it writes a line a minute."""
+    try:
+        from tqdm import tqdm
+    except ImportError:  # the file copied alone runs without progress bars
+        nothing = lambda *_, **__: None
+        return argparse.Namespace(update=nothing, set_postfix=nothing, close=nothing)
+    interval = 1 if sys.stderr.isatty() else 60
+    return tqdm(total=total, desc=what, unit=unit, initial=initial, mininterval=interval)
+
+
+class Run:
+    """What surrounds a training loop: --resume, progress bar, log, checkpoints, Ctrl-C.
+
+    `for step in run` counts from 1, or from where the checkpoint stopped, to args.steps.
+    parts: the networks and the optimiser, all that a checkpoint holds of them.
+    """
+
+    def __init__(self, args, images, target, **parts):
+        self.args = args
+        self.parts = parts
+        self.settings = settings_of(args, images, target)
+        self.step = 0
+        self.seconds = 0.0
+        self.log = []
+        self.totals = {}
+        self.count = 0
+        self.stopped = False
+        if args.resume:
+            self.resume()
+        elif Path(args.ckpt).exists():
+            raise ValueError(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
+        else:  # a folder that cannot be written shows now, not after hours
+            write_whole(args.ckpt, lambda file: None)
+            os.remove(args.ckpt)
+
+    def __iter__(self):
+        args = self.args
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for name in (signal.SIGINT, signal.SIGTERM):
+                handlers[name] = signal.signal(name, self.stop)
+        sizes = " and ".join(f"{n:,}" for n, _ in self.settings["images"])
+        precision = "bf16" if args.bf16 else "float32"
+        print(f"{describe(args)}: {sizes} images, {args.device}, {precision}", flush=True)
+        self.bar = progress_bar(args.steps, "train", "step", initial=self.step)
+        every = min(100, max(10, args.steps // 20))  # steps between rows of the log
+        start = time.perf_counter() - self.seconds
+        saved = self.row_seconds = self.seconds
+        try:
+            while self.step < args.steps:
+                self.step += 1
+                yield self.step
+                self.seconds = time.perf_counter() - start
+                self.bar.update()
+                due = self.seconds - saved > 120
+                if due or self.step % every == 0:
+                    self.add_row()
+                if due:
+                    saved = self.seconds
+                    self.save(again=True)
+                if self.stopped:  # after a step: there is something to save
+                    break
+            self.add_row()
+            self.save()
+        finally:
+            self.bar.close()
+            for name, handler in handlers.items():
+                signal.signal(name, handler)
+        print(f"{args.ckpt}: step {self.step}, {self.seconds:.0f} s of training", flush=True)
+        if self.step < args.steps:
+            raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
+
+    def stop(self, *_):
+        self.stopped = True
+
+    def record(self, **values):
+        """Adds a step's losses (tensors) to the means of the log's next row, without waiting for a GPU."""
+        self.count += 1
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0) + value.detach()
+
+    def add_row(self):
+        """Appends the means since the last row to the log; raises FloatingPointError for nan and inf."""
+        if self.count == 0:
+            return
+        means = {name: round(total.item() / self.count, 5) for name, total in self.totals.items()}
+        if not all(map(math.isfinite, means.values())):
+            advice = f"{self.args.ckpt} keeps the last good state, if any; try a lower --lr"
+            raise FloatingPointError(f"{means} at step {self.step}; {advice}")
+        rate = self.count * self.args.batch_size / max(self.seconds - self.row_seconds, 1e-9)
+        speed = {"images_per_s": round(rate, 1), "seconds": round(self.seconds, 1)}
+        self.log.append({"step": self.step, **means, **speed})
+        self.bar.set_postfix(means, images_per_s=f"{rate:.0f}")
+        self.row_seconds = self.seconds
+        self.totals = {}
+        self.count = 0
+
+    def save(self, again=False):
+        """Writes the checkpoint, then its log. again: there is another try later, so failing is a warning."""
+        args = self.args
+        rng = {"cpu": torch.get_rng_state()}
+        if args.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(args.device)
+        state = {"script": NAME, "args": self.settings, "step": self.step}
+        state.update(seconds=self.seconds, log=self.log, rng=rng)
+        state.update({name: part.state_dict() for name, part in self.parts.items()})
+        rows = [list(self.log[0]), *(row.values() for row in self.log)]
+        try:
+            write_whole(args.ckpt, lambda file: torch.save(state, file))
+            write_csv(log_path(args.ckpt), rows)
+        except OSError as e:
+            if not again:
+                raise
+            print(f"warning: {e}; training goes on", file=sys.stderr)
+
+    def resume(self):
+        """Loads args.ckpt into the parts; raises ValueError where settings or images differ."""
+        ckpt = matching_checkpoint(self.args.ckpt, self.settings)
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                load_weights(part, ckpt[name], self.args.ckpt)
+            else:
+                part.load_state_dict(ckpt[name])
+        self.step = ckpt["step"]
+        self.seconds = ckpt["seconds"]
+        self.log = ckpt["log"]
+        torch.set_rng_state(ckpt["rng"]["cpu"])
+        if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
+            torch.cuda.set_rng_state(ckpt["rng"]["cuda"], self.args.device)
+
+
+def find_ckpt(name, mode):
+    """checkpoints/NAME.pt for training or where it is, else the weights that come with this script."""
+    here = Path("checkpoints") / f"{name}.pt"
+    script = Path(__file__).resolve().parent
+    for path in (here, script / ".weights" / here.name, script / here.name):
+        if mode == "train" or path.is_file():
+            return str(path)
+    return str(here)
+
+
+def choose_device(name):
+    """auto, cpu, cuda or cuda:N -> a torch.device that works here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: not available here ({str(e).splitlines()[0]})") from e
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: not supported, expected cpu or cuda")
+    return device
+
+
+def bf16_is_fast(device):
+    """True where bfloat16 is known to be fast: CUDA capability 8 and later, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+
+
+def fail(message):
+    """What argparse calls for wrong usage: an importer gets an exception, never SystemExit."""
+    raise ValueError(message)
+
 
 def number(kind, low, high=math.inf):
     """argparse type: a number of `kind` in [low, high]."""
+
     def convert(text):
         value = kind(text)
         if not (math.isfinite(value) and low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text}: expected {'at least ' + str(low) if high == math.inf else f'{low} to {high}'}")
+            expected = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
         return value
+
     convert.__name__ = kind.__name__
     return convert
 
 
-def settle(args, folder="checkpoints"):
-    """Derives from --method, --source and --target which domains training sees, and the default checkpoint's name."""
-    args.source = args.source or SOURCE[args.target]
-    if args.source == args.target:
-        fail(f"--source {args.source} --target {args.target}: expected two domains")
-    adapts = args.method in ("dann", "dann-mt")
-    args.training = args.method if adapts else "supervised" if args.method == "source-aug" else "plain"  # source and target: the same, on different domains
-    args.labelled = args.target if args.method == "target" else args.source
-    args.unlabelled = args.target if adapts else None
-    where = f"{args.source}_{args.target}" if adapts else args.labelled
-    args.ckpt = args.ckpt or [f"{folder}/p4_{args.training}_{where}_{args.arch}_{args.seed}.pt"]
+def add(group, name, default, text, shown="%(default)s", **options):
+    """An option whose help ends with its default."""
+    group.add_argument(name, default=default, help=f"{text} (default: {shown})", **options)
 
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = fail
-
-    def add(group, name, default, help, **kw):
-        group.add_argument(name, default=default, help=f"{help} (default: {kw.pop('shown', default)})".replace("%", "%%"), **kw)
-
-    add(p, "--mode", "train", "what to do", choices=("train", "predict", "eval", "table", "tsne"))
-    add(p, "--method", "dann-mt", "train on the source alone, without or with augmentation, adapt (dann, dann-mt), or train on the target's labels", choices=tuple(METHODS))
-    add(p, "--source", None, "labelled domain", choices=DOMAINS, shown="svhn for target mnistm, else mnistm")
-    add(p, "--target", None, "domain to adapt to", choices=DOMAINS, shown="usps, svhn if --source is usps; predict: named by the last matching part of --input's path")
-    add(p, "--data", None, "folder of the course's layout or a torchvision root", metavar="DIR", shown="built-in digits")
-    add(p, "--input", None, "predict: folder of images; eval: CSV of predictions", metavar="PATH", shown="pred.csv for eval")
-    add(p, "--gt", None, "eval: CSV of true labels", metavar="FILE", shown="none")
-    add(p, "--out", None, "predict: CSV; table, tsne: folder", metavar="PATH", shown="pred.csv, table, figures")
-    add(p, "--ckpt", None, "checkpoint to write or read; predict: several networks vote; table: the folder of all", metavar="FILE", nargs="+",
-        shown="checkpoints/p4_<method>_<source>_<target>_<arch>_<seed>.pt; source, target: p4_plain_<domain>_..., source-aug: p4_supervised_<domain>_...")
-    add(p, "--seed", 0, "random seed of training and of tsne", type=number(int, 0, 2**32 - 1))
+def add_options(p):
+    """All options but --mode and --fast."""
+    positive = number(int, 1)
+    seed = number(int, 0, 2**32 - 1)
+    own = "checkpoints/p4_METHOD_SOURCE_TARGET_ARCH_SEED.pt, else .weights/ beside the script; "
+    own += "source, target: p4_plain_DOMAIN_..., source-aug: p4_supervised_DOMAIN_...; table: checkpoints"
+    text = "train on the source alone, without or with augmentation (source, source-aug); "
+    text += "adapt (dann, dann-mt); train on the target's labels (target)"
+    add(p, "--method", "dann-mt", text, choices=tuple(METHODS))
+    add(p, "--source", None, "labelled domain", "svhn for target mnistm, else mnistm", choices=DOMAINS)
+    text = (
+        "usps, svhn for source usps; predict: the last part of --input's path that names one; tsne: of --ckpt"
+    )
+    add(p, "--target", None, "domain to adapt to", text, choices=DOMAINS)
+    add(p, "--data", None, "the course's layout or a torchvision root", "built-in digits", metavar="DIR")
+    add(p, "--input", None, "predict: folder of images; eval: CSV", "eval: pred.csv", metavar="PATH")
+    add(p, "--gt", None, "eval: CSV of true labels", "none", metavar="FILE")
+    outs = "predict: pred.csv, table: table, tsne: p4_figures"
+    add(p, "--out", None, "where results go: a CSV file; table, tsne: a folder", outs, metavar="PATH")
+    text = "checkpoint to write or read, its log.csv beside it; predict: several vote; table: their folder"
+    add(p, "--ckpt", None, text, own, metavar="FILE", nargs="+", dest="ckpts")
+    add(p, "--seed", 0, "random seed of training and of tsne", type=seed)
     add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
-    add(p, "--precision", "auto", "of training: bf16 autocast or float32; auto: bf16 where the hardware has it", choices=("auto", "bf16", "float32"))
+    precisions = ("auto", "bf16", "float32")
+    text = "of training; auto: bf16 autocast where the hardware is fast at it"
+    add(p, "--precision", "auto", text, choices=precisions)
+
     g = p.add_argument_group("training")
-    add(g, "--arch", "deep", "network: ours, the 2022 report's or the 2023 report's (predict and tsne take it from the checkpoint)", choices=("deep", "small", "paper"))
-    add(g, "--steps", None, "number of steps", type=number(int, 1), shown=f"{STEPS}; --fast {FAST_STEPS}")
-    g.add_argument("--fast", action="store_true", help=f"preset for a CPU and a minute: {FAST_STEPS} steps")
+    text = "steps in all; --resume refuses another number, because the schedules depend on it"
+    add(g, "--steps", 2000, text, type=positive)
     g.add_argument("--resume", action="store_true", help="go on from --ckpt exactly")
     add(g, "--batch-size", 64, "images per step, of each domain", type=number(int, 2))
     add(g, "--lr", 1e-3, "initial learning rate of AdamW", type=number(float, 0))
-    g.add_argument("--oracle", action="store_true", help="also print the best of 20 evaluations on target labels: a leak, for comparison with reports that do so")
+    text = "also print the best of 20 evaluations on target labels: a leak, as some reports have it"
+    g.add_argument("--oracle", action="store_true", help=text)
+
+    g = p.add_argument_group("network of train and table (elsewhere the checkpoint says it)")
+    add(
+        g,
+        "--arch",
+        "deep",
+        "ours (deep), the 2022 report's (small) or the 2023 report's (paper)",
+        choices=ARCHS,
+    )
+
     g = p.add_argument_group("table, tsne")
-    add(g, "--methods", list(METHODS), "table: rows", choices=tuple(METHODS), nargs="+", shown=" ".join(METHODS))
-    add(g, "--scenarios", SCENARIOS, "table: columns", choices=[f"{s}-{t}" for s in DOMAINS for t in DOMAINS if s != t], nargs="+", metavar="SOURCE-TARGET", shown=" ".join(SCENARIOS))
-    add(g, "--seeds", [0, 1, 2], "table: seeds", type=number(int, 0, 2**32 - 1), nargs="+", shown="0 1 2")
+    rows = tuple(METHODS)
+    pairs = [f"{source}-{target}" for source, target in itertools.permutations(DOMAINS, 2)]
+    add(g, "--methods", rows, "table: rows", " ".join(rows), choices=rows, nargs="+", metavar="METHOD")
+    columns = " ".join(SCENARIOS)
+    pair = "SOURCE-TARGET"
+    add(g, "--scenarios", SCENARIOS, "table: columns", columns, choices=pairs, nargs="+", metavar=pair)
+    add(g, "--seeds", [0, 1, 2], "table: seeds", "0 1 2", type=seed, nargs="+", metavar="SEED")
     add(g, "--num", 1000, "tsne: images of each domain", type=number(int, 10))
+
+
+# what a mode changes in the defaults, and --fast in those of training
+DEFAULTS = {
+    "predict": {"out": "pred.csv"},
+    "eval": {"input": "pred.csv"},
+    "table": {"out": "table", "ckpts": ["checkpoints"]},
+    "tsne": {"out": "p4_figures"},
+}
+FAST = {"steps": 400}
+
+
+def parse_args(argv=None):
+    """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = fail
+    text = "what to do; table: the reports' table, with our own input: every image grey and standardised"
+    add(first, "--mode", "train", text, choices=tuple(MODES))
+    first.add_argument("--fast", action="store_true", help="preset for a CPU and a minute of training")
+    preset, _ = first.parse_known_args(argv)
+    style = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=style, allow_abbrev=False, parents=[first]
+    )
+    p.error = fail
+    add_options(p)
+    p.set_defaults(**DEFAULTS.get(preset.mode, {}))
+    if preset.fast:
+        p.set_defaults(**FAST)
     args = p.parse_args(argv)
-    args.steps = args.steps or (FAST_STEPS if args.fast else STEPS)
-    args.out = args.out or {"predict": "pred.csv", "table": "table", "tsne": "figures"}.get(args.mode)
-    if args.mode == "eval":
-        args.input = args.input or "pred.csv"
-        if not args.gt:
-            fail("--mode eval needs --gt FILE, the CSV of true labels")
-        return args
-    if args.mode == "predict":
-        if not args.input:
-            fail("--mode predict needs --input DIR, the folder of images")
-        args.target = args.target or domain_of(args.input)
-        if not (args.target or args.ckpt):
-            fail(f"--input {args.input}: no part of the path names a domain ({', '.join(DOMAINS)}); pass --target or --ckpt")
-    if args.ckpt and len(args.ckpt) > 1 and args.mode != "predict":
-        fail(f"--ckpt {' '.join(args.ckpt)}: --mode {args.mode} takes one; only predict votes")
-    if args.mode != "predict":
-        args.target = args.target or ("usps" if args.source != "usps" else "svhn")
-    if args.target and args.mode != "table":
-        settle(args)
-    args.methods, args.scenarios, args.seeds = (list(dict.fromkeys(v)) for v in (args.methods, args.scenarios, args.seeds))
-    try:
-        args.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-        torch.empty(1, device=args.device)
-        if args.device.type not in ("cpu", "cuda"):
-            raise RuntimeError("expected cpu or cuda")
-    except (RuntimeError, AssertionError) as e:
-        fail(f"--device {args.device}: not available here ({str(e).splitlines()[0]}); use --device cpu")
-    args.bf16 = bf16_available(args.device) if args.precision == "auto" else args.precision == "bf16"
+
+    if args.mode == "eval" and args.gt is None:
+        fail("--mode eval needs --gt FILE, the CSV of true labels")
+    if args.mode == "predict" and args.input is None:
+        fail("--mode predict needs --input DIR, the folder of images")
+    if args.ckpts and len(args.ckpts) > 1 and args.mode != "predict":
+        fail(f"--ckpt {' '.join(args.ckpts)}: --mode {args.mode} takes one; only predict votes")
+    if args.oracle and args.mode != "train":
+        fail(f"--oracle with --mode {args.mode}: only train evaluates while it trains")
+    if dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
+        fail(f"torchrun with {os.environ['WORLD_SIZE']} processes: {NAME}.py runs in one")
+    args.methods = list(dict.fromkeys(args.methods))
+    args.scenarios = list(dict.fromkeys(args.scenarios))
+    args.seeds = list(dict.fromkeys(args.seeds))
+    args.device = choose_device(args.device)
+    args.bf16 = args.precision == "bf16"
+    if args.precision == "auto":
+        args.bf16 = bf16_is_fast(args.device)
+    if args.mode == "predict" and args.target is None:
+        args.target = domain_of(args.input)
+        if args.target is None and args.ckpts is None:
+            expected = f"no part of the path names a domain ({', '.join(DOMAINS)})"
+            fail(f"--input {args.input}: {expected}; pass --target or --ckpt")
+    if args.mode == "train" or args.ckpts is None:
+        args = settle(args)
+        args.ckpts = args.ckpts or [find_ckpt(args.name, args.mode)]
+    args.ckpt = args.ckpts[0]
     return args
 
 
+def replace(args, **changes):
+    """A copy of the settings with some of them changed."""
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
+def settle(args, **changes):
+    """A copy of the settings that also says which domains training sees, and what its checkpoint is called.
+
+    source and target are the same training, "plain", on different domains.
+    """
+    args = replace(args, **changes)
+    target = args.target or ("svhn" if args.source == "usps" else "usps")
+    source = args.source or SOURCE[target]
+    if source == target:
+        fail(f"--source {source} --target {target}: expected two domains")
+    training = {"source": "plain", "target": "plain", "source-aug": "supervised"}.get(
+        args.method, args.method
+    )
+    labelled = target if args.method == "target" else source
+    unlabelled = None
+    where = labelled
+    if args.method in ("dann", "dann-mt"):
+        unlabelled = target
+        where = f"{source}_{target}"
+    name = f"p4_{training}_{where}_{args.arch}_{args.seed}"
+    domains = dict(source=source, target=target, labelled=labelled, unlabelled=unlabelled)
+    return replace(args, training=training, name=name, **domains)
+
+
+def training_set(args, data):
+    """(images, labels, target images or None) out of data[domain] = (images, labels)."""
+    images, labels = data[args.labelled]
+    target = None
+    if args.unlabelled is not None:
+        target, _ = data[args.unlabelled]  # no label of the target is used
+    return images, labels, target
+
+
+def train_digits(args):
+    """--mode train: trains on --data, then prints the accuracy on the target's val part."""
+    from common import load_digits
+
+    domains = [args.labelled]
+    if args.unlabelled is not None:
+        domains.append(args.unlabelled)
+    data = {domain: load_digits(args.data, domain, "train") for domain in domains}
+    val, truth = load_digits(args.data, args.target, "val")
+    leaks = []
+
+    def evaluate(network, step):
+        leaks.append((accuracy(network, val, truth), step))
+
+    network = train(args, *training_set(args, data), evaluate=evaluate if args.oracle else None)
+    share = 100 * accuracy(network, val, truth)
+    print(f"{args.target} val accuracy {share:.2f} % ({len(truth)} images, last step, not chosen by it)")
+    if leaks:
+        share, step = max(leaks)
+        best = f"{100 * share:.2f} % at step {step}, the best of {len(leaks)} evaluations"
+        print(f"oracle, a LEAK of target labels: {best}")
+
+
+MODES = {"train": train_digits, "predict": write_predictions, "eval": evaluate, "table": table, "tsne": tsne}
+
+
+def check_ckpts(args):
+    """Raises FileNotFoundError, with the command that makes it, for a checkpoint that is not there."""
+    for path in args.ckpts:
+        if not Path(path).is_file():
+            named = {"method": args.method, "source": args.source, "target": args.target}
+            options = " ".join(f"--{name} {value}" for name, value in named.items() if value is not None)
+            command = f"python {NAME}.py --mode train {options} --data DIR --ckpt {path}"
+            raise FileNotFoundError(f"--ckpt {path}: no such file; make one with: {command}")
+
+
 def main(argv=None):
-    args = parse_args(argv)
+    """The command line: what goes wrong becomes one line on standard error and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
     try:
-        {"train": train, "predict": write_predictions, "eval": evaluate, "table": table, "tsne": tsne}[args.mode](args)
-    except OSError as e:  # a full disk, a folder without permission, a file in a folder's place
-        fail(f"{e.filename or args.out or args.mode}: {e.strerror or e}")
-    except ModuleNotFoundError as e:
-        fail(f"--mode {args.mode} needs {e.name}; {'copy common.py too' if e.name == 'common' else 'pip install -r requirements.txt'}")
-    except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):  # what CPUs say
-            raise
-        fail(f"out of memory on {args.device}; lower --batch-size", code=1)
-    except KeyboardInterrupt:
-        raise SystemExit(130)
+        args = parse_args(argv)
+        if args.mode in ("predict", "tsne"):
+            check_ckpts(args)
+            print(f"weights: {', '.join(args.ckpts)}")
+        MODES[args.mode](args)
+    except (ValueError, OSError, ImportError, FloatingPointError) as e:
+        message = str(e)
+        if isinstance(e, OSError) and e.filename is not None:
+            message = f"{e.filename}: {e.strerror}"
+        if isinstance(e, ImportError):
+            message = f"{e}; pip install -r requirements.txt, and keep common.py beside this file"
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(e, FloatingPointError) else 2) from None
+    except KeyboardInterrupt as e:
+        print(str(e) or "stopped", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
