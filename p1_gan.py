@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -453,7 +454,7 @@ def sample(args):
     prepare_folder(args, out, names)
     start = time.perf_counter()
     mine = range(args.rank, len(keys), args.world)
-    bar = progress_bar(len(mine), "sample", "image")
+    bar = progress_bar(args, len(mine), "sample", "image")
     for i in range(0, len(mine), args.batch_size):
         batch = mine[i : i + args.batch_size]
         images = from_keys(model, settings, [keys[j] for j in batch], args.seed)
@@ -566,8 +567,8 @@ def write_whole(path, write):
     """Writes a file whole or not at all: write(file) fills a temporary file, which is then renamed."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder; expected the name of a file")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: is a folder or a device; expected the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -652,11 +653,13 @@ def load_model(path, device="cpu"):
     return model.eval(), settings
 
 
-def progress_bar(total, what, unit, initial=0):
-    """A tqdm bar, which also heeds TQDM_DISABLE; in a file it writes a line a minute."""
+def progress_bar(args, total, what, unit, initial=0):
+    """A tqdm bar of the first process; TQDM_DISABLE=1 hides it. In a file it writes a line a minute."""
     try:
         from tqdm import tqdm
     except ImportError:  # the file copied alone runs without progress bars
+        tqdm = None
+    if tqdm is None or args.rank > 0:
         nothing = lambda *_, **__: None
         return argparse.Namespace(update=nothing, set_postfix=nothing, close=nothing)
     interval = 1 if sys.stderr.isatty() else 60
@@ -734,7 +737,7 @@ class Run:
                 handlers[name] = signal.signal(name, self.on_signal)
         precision = "bf16" if args.bf16 else "float32"
         self.say(f"{args.method}: {self.images[0]:,} images, {args.device}, {precision}")
-        self.bar = progress_bar(args.steps, "train", "step", initial=self.step)
+        self.bar = progress_bar(args, args.steps, "train", "step", initial=self.step)
         every = min(100, max(10, args.steps // 20))  # steps between rows of the log
         start = time.perf_counter() - self.seconds
         saved = self.row_seconds = self.seconds
@@ -824,7 +827,7 @@ class Run:
             rng["cuda"] = torch.cuda.get_rng_state(args.device)
         settings = {**self.settings, "steps": args.steps}
         state = {"script": NAME, "args": settings, "images": self.images, "step": self.step}
-        state.update(seconds=self.seconds, log=self.log, rng=rng)
+        state.update(seconds=self.seconds, log=self.log, rng=rng, command=args.command)
         state.update({name: part.state_dict() for name, part in self.parts.items()})
         rows = [list(self.log[0]), *(row.values() for row in self.log)]
         try:
@@ -850,7 +853,7 @@ class Run:
         path = self.args.ckpt
         ckpt = load_checkpoint(path)
         if self.parts.keys() - ckpt.keys():
-            raise ValueError(f"--resume: {path} does not hold the state of training, only networks")
+            raise ValueError(f"--resume: {path} does not hold the state of training")
         old = {**ckpt["args"], "images": ckpt["images"]}
         new = {**self.settings, "images": self.images}
         differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
@@ -871,6 +874,21 @@ class Run:
         torch.set_rng_state(ckpt["rng"]["cpu"])
         if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
             torch.cuda.set_rng_state(ckpt["rng"]["cuda"], self.args.device)
+
+
+def export(args):
+    """Writes the averaged generator of --ckpt into the folder --out, without the state of training.
+
+    Its parameters are float16; settings, training command and --note stand beside them.
+    """
+    ckpt = load_checkpoint(args.ckpt)
+    model, _ = load_model(args.ckpt)
+    half = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
+    state = {key: ckpt[key] for key in ("script", "args", "step", "seconds", "command")}
+    state.update(note=args.note, ema={**model.state_dict(), **half})
+    path = Path(args.out) / Path(args.ckpt).name
+    write_whole(path, lambda file: torch.save(state, file))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 def find_ckpt(name, mode):
@@ -944,6 +962,7 @@ def add_options(p):
     add(p, "--out", None, "where results go: a folder; eval: a JSON file", metavar="PATH")
     text = "checkpoint to write or read, its log.csv beside it; grid takes several"
     add(p, "--ckpt", None, text, own, metavar="FILE", nargs="+", dest="ckpts")
+    add(p, "--note", "", "export: what the file says of itself, such as its figures", "none", metavar="TEXT")
     add(p, "--inception", None, "eval: weights of pytorch-fid", "downloaded once", metavar="FILE")
     text = "sample: faces in all, or digits of each class"
     add(p, "--num", None, text, f"{FACE_NUM} faces, {DIGIT_NUM} of each digit", type=positive)
@@ -995,15 +1014,20 @@ PRESETS = {
 # fmt: on
 
 # what a mode changes in the defaults, and --fast in those of training
-DEFAULTS = {"sample": {"out": "samples", "batch_size": 100}, "grid": {"out": "p1_figures"}}
+DEFAULTS = {
+    "sample": {"out": "samples", "batch_size": 100},
+    "grid": {"out": "p1_figures"},
+    "export": {"out": ".weights"},
+}
 FAST = {"steps": 300}
 
 
 def parse_args(argv=None):
     """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = fail
-    add(first, "--mode", "train", "what to do", choices=("train", "sample", "eval", "grid"))
+    add(first, "--mode", "train", "what to do", choices=tuple(MODES))
     text = "what to train; elsewhere it only names the default of --ckpt, which says the method"
     add(first, "--method", "sngan", text, choices=tuple(PRESETS))
     first.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes of training")
@@ -1019,6 +1043,7 @@ def parse_args(argv=None):
     if preset.fast and preset.mode == "train":
         p.set_defaults(**FAST)
     args = p.parse_args(argv)
+    args.command = shlex.join(["python", f"{NAME}.py", *argv])
 
     if args.label_smoothing > 0 and args.method != "dcgan":
         found = f"--label-smoothing {args.label_smoothing} with --method {args.method}"
@@ -1051,13 +1076,14 @@ def train_data(args):
         train(args, load_faces(args.data, "train"))
 
 
-MODES = {"train": train_data, "sample": sample, "eval": evaluate, "grid": grid}
+MODES = {"train": train_data, "sample": sample, "eval": evaluate, "grid": grid, "export": export}
 
 
 def main(argv=None):
     """The command line: what goes wrong becomes one line on standard error and an exit code."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
     try:
         args = parse_args(argv)
         if args.mode in ("sample", "grid") and args.rank == 0:

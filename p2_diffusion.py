@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -427,7 +428,7 @@ def sample(args):
     prepare_folder(args, out, names)
     start = time.perf_counter()
     mine = range(args.rank, len(pairs), args.world)
-    bar = progress_bar(len(mine), "sample", "image")
+    bar = progress_bar(args, len(mine), "sample", "image")
     for i in range(0, len(mine), args.batch_size):
         batch = mine[i : i + args.batch_size]
         digits, numbers = zip(*[pairs[j] for j in batch])
@@ -584,8 +585,8 @@ def write_whole(path, write):
     """Writes a file whole or not at all: write(file) fills a temporary file, which is then renamed."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder; expected the name of a file")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: is a folder or a device; expected the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -670,11 +671,13 @@ def load_model(path, device="cpu"):
     return model.eval(), settings
 
 
-def progress_bar(total, what, unit, initial=0):
-    """A tqdm bar, which also heeds TQDM_DISABLE; in a file it writes a line a minute."""
+def progress_bar(args, total, what, unit, initial=0):
+    """A tqdm bar of the first process; TQDM_DISABLE=1 hides it. In a file it writes a line a minute."""
     try:
         from tqdm import tqdm
     except ImportError:  # the file copied alone runs without progress bars
+        tqdm = None
+    if tqdm is None or args.rank > 0:
         nothing = lambda *_, **__: None
         return argparse.Namespace(update=nothing, set_postfix=nothing, close=nothing)
     interval = 1 if sys.stderr.isatty() else 60
@@ -699,14 +702,14 @@ class Run:
         self.log = []
         self.totals = {}
         self.count = 0
-        self.stopped = False
+        self.signalled = False
         if args.batch_size % args.world:
             raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {args.world} processes")
         if args.resume:
             self.resume()
-        elif Path(args.ckpt).exists():
-            raise ValueError(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
         elif args.rank == 0:  # a folder that cannot be written shows now, not after hours
+            if Path(args.ckpt).exists():
+                raise ValueError(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
             write_whole(args.ckpt, lambda file: None)
             os.remove(args.ckpt)
         if args.world > 1 and args.device.type == "cuda":
@@ -723,22 +726,20 @@ class Run:
         handlers = {}
         if threading.current_thread() is threading.main_thread():
             for name in (signal.SIGINT, signal.SIGTERM):
-                handlers[name] = signal.signal(name, self.stop)
+                handlers[name] = signal.signal(name, self.on_signal)
         self.say(f"{self.images[0]:,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}")
-        self.bar = progress_bar(args.steps, "train", "step", initial=self.step)
+        self.bar = progress_bar(args, args.steps, "train", "step", initial=self.step)
         every = min(100, max(10, args.steps // 20))  # steps between rows of the log
         start = time.perf_counter() - self.seconds
         saved = self.row_seconds = self.seconds
+        stopped = False
         try:
-            while self.step < args.steps and not self.stopped:
+            while self.step < args.steps and not stopped:
                 self.step += 1
                 yield self.step
                 self.seconds = time.perf_counter() - start
                 self.bar.update()
-                if args.world > 1 and self.step % 10 == 0:  # one process stops all
-                    flag = torch.tensor(float(self.stopped), device=args.device)
-                    dist.all_reduce(flag)
-                    self.stopped = flag.item() > 0
+                stopped = self.agree_to_stop()
                 due = self.seconds - saved > 120
                 if due or self.step % every == 0:
                     self.add_row()
@@ -757,8 +758,18 @@ class Run:
         if self.step < args.steps:
             raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
 
-    def stop(self, *_):
-        self.stopped = True
+    def on_signal(self, *_):
+        self.signalled = True
+
+    def agree_to_stop(self):
+        """True after a signal; several processes ask one another every 10 steps, and stop together."""
+        if self.args.world == 1:
+            return self.signalled
+        if self.step % 10 > 0:
+            return False
+        flag = torch.tensor(float(self.signalled), device=self.args.device)
+        dist.all_reduce(flag)
+        return flag.item() > 0
 
     def say(self, text):
         if self.args.rank == 0:
@@ -799,7 +810,7 @@ class Run:
         if args.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(args.device)
         state = {"script": NAME, "args": self.settings, "images": self.images, "step": self.step}
-        state.update(seconds=self.seconds, log=self.log, rng=rng)
+        state.update(seconds=self.seconds, log=self.log, rng=rng, command=args.command)
         state.update({name: part.state_dict() for name, part in self.parts.items()})
         rows = [list(self.log[0]), *(row.values() for row in self.log)]
         try:
@@ -814,20 +825,38 @@ class Run:
         """Loads args.ckpt into the parts; raises ValueError where settings or images differ."""
         ckpt = load_checkpoint(self.args.ckpt)
         if "optim" not in ckpt:
-            raise ValueError(f"--resume: {self.args.ckpt} holds an averaged network alone")
+            raise ValueError(f"--resume: {self.args.ckpt} does not hold the state of training")
         old = {**ckpt["args"], "images": ckpt["images"]}
         new = {**self.settings, "images": self.images}
         differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
         if differ:
             raise ValueError(f"--resume {self.args.ckpt} with other settings: {', '.join(differ)}")
         for name, part in self.parts.items():
-            part.load_state_dict(ckpt[name])
+            if isinstance(part, nn.Module):
+                load_weights(part, ckpt[name], self.args.ckpt)
+            else:
+                part.load_state_dict(ckpt[name])
         self.step = ckpt["step"]
         self.seconds = ckpt["seconds"]
         self.log = ckpt["log"]
         torch.set_rng_state(ckpt["rng"]["cpu"])
         if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
             torch.cuda.set_rng_state(ckpt["rng"]["cuda"], self.args.device)
+
+
+def export(args):
+    """Writes the averaged network of --ckpt into the folder --out, without the state of training.
+
+    Its parameters are float16; settings, training command and --note stand beside them.
+    """
+    ckpt = load_checkpoint(args.ckpt)
+    model, _ = load_model(args.ckpt)
+    half = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
+    state = {key: ckpt[key] for key in ("script", "args", "step", "seconds", "command")}
+    state.update(note=args.note, ema={**model.state_dict(), **half})
+    path = Path(args.out) / Path(args.ckpt).name
+    write_whole(path, lambda file: torch.save(state, file))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 def find_ckpt(name, mode):
@@ -901,6 +930,7 @@ def add_options(p):
     add(p, "--ckpt", None, "checkpoint to write or read, its log.csv beside it", own, metavar="FILE")
     add(p, "--classifier", None, "eval: weights in the course's format", "trained if missing", metavar="FILE")
     add(p, "--num", 100, "sample: images of each digit", type=positive)
+    add(p, "--note", "", "export: what the file says of itself, such as its figures", "none", metavar="TEXT")
     add(p, "--seed", 0, "random seed of training and of the samples", type=number(int, 0, 2**63 - 1))
     add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
     precisions = ("auto", "bf16", "float32")
@@ -936,15 +966,20 @@ def add_options(p):
 
 
 # what a mode changes in the defaults, and --fast in those of training
-DEFAULTS = {"sample": {"out": "samples", "batch_size": 100}, "grid": {"out": "p2_figures"}}
+DEFAULTS = {
+    "sample": {"out": "samples", "batch_size": 100},
+    "grid": {"out": "p2_figures"},
+    "export": {"out": ".weights"},
+}
 FAST = {"steps": 1600, "batch_size": 32}
 
 
 def parse_args(argv=None):
     """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = fail
-    add(first, "--mode", "train", "what to do", choices=("train", "sample", "eval", "grid"))
+    add(first, "--mode", "train", "what to do", choices=tuple(MODES))
     first.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes of training")
     preset, _ = first.parse_known_args(argv)
     style = argparse.RawDescriptionHelpFormatter
@@ -957,6 +992,7 @@ def parse_args(argv=None):
     if preset.fast and preset.mode == "train":
         p.set_defaults(**FAST)
     args = p.parse_args(argv)
+    args.command = shlex.join(["python", f"{NAME}.py", *argv])
 
     halvings = len(args.channels) - 1
     if any(c % 32 for c in args.channels) or SIZE // args.patch % 2**halvings:
@@ -988,13 +1024,14 @@ def train_digits(args):
     train(args, *load_digits(args.data, "mnistm", "train"))
 
 
-MODES = {"train": train_digits, "sample": sample, "eval": evaluate, "grid": grid}
+MODES = {"train": train_digits, "sample": sample, "eval": evaluate, "grid": grid, "export": export}
 
 
 def main(argv=None):
     """The command line: what goes wrong becomes one line on standard error and an exit code."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
     try:
         args = parse_args(argv)
         if args.mode in ("sample", "grid") and args.rank == 0:

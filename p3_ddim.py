@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -57,6 +58,11 @@ def conv3x3(c_in, c_out, stride=1, scale=1.0):
     return init(nn.Conv2d(c_in, c_out, 3, stride, padding=1), scale)
 
 
+def norm(channels):
+    """GroupNorm with 32 groups, or fewer where that leaves a group less than four channels."""
+    return nn.GroupNorm(min(32, channels // 4), channels)
+
+
 class TimeEmbedding(nn.Module):
     """Integer steps (B,) -> (B, channels): sine of all frequencies, then cosine."""
 
@@ -75,10 +81,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, c_time, dropout):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, c_in)
+        self.norm1 = norm(c_in)
         self.conv1 = conv3x3(c_in, c_out)
         self.time = nn.Sequential(nn.SiLU(), init(nn.Linear(c_time, c_out)))
-        self.norm2 = nn.GroupNorm(32, c_out)
+        self.norm2 = norm(c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv3x3(c_out, c_out, scale=1e-10)
         self.skip = init(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out else nn.Identity()
@@ -94,7 +100,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels)
+        self.norm = norm(channels)
         self.qkv = init(nn.Conv2d(channels, 3 * channels, 1))
         self.out = init(nn.Conv2d(channels, channels, 1), scale=1e-10)
 
@@ -123,20 +129,16 @@ class UNet(nn.Module):
 
     channels: one width per resolution, multiples of 32. blocks: residual blocks at each.
     attention: the strides (1 at the entrance) with attention.
-    patch: patch x patch pixels are folded into channels at the entrance (space to depth).
     """
 
-    def __init__(
-        self, channels=(128, 128, 256, 256, 512, 512), blocks=2, attention=(16,), dropout=0.0, patch=1
-    ):
+    def __init__(self, channels=(128, 128, 256, 256, 512, 512), blocks=2, attention=(16,), dropout=0.0):
         super().__init__()
-        self.patch = patch
         c = channels[0]
         c_time = 4 * c
         self.time = nn.Sequential(
             TimeEmbedding(c), init(nn.Linear(c, c_time)), nn.SiLU(), init(nn.Linear(c_time, c_time))
         )
-        down = [conv3x3(3 * patch**2, c)]
+        down = [conv3x3(3, c)]
         skips = [c]
         for level, width in enumerate(channels):
             for _ in range(blocks):
@@ -157,7 +159,7 @@ class UNet(nn.Module):
         for name, modules in (("down", down), ("mid", middle), ("up", up)):
             for i, module in enumerate(modules, 1):
                 self.add_module(f"{name}{i}", module)  # down1, down2, ...: the course's names
-        self.out = nn.Sequential(nn.GroupNorm(32, c), nn.SiLU(), conv3x3(c, 3 * patch**2, scale=1e-10))
+        self.out = nn.Sequential(norm(c), nn.SiLU(), conv3x3(c, 3, scale=1e-10))
 
     def part(self, name):
         """The modules name1, name2, ... in order."""
@@ -165,7 +167,7 @@ class UNet(nn.Module):
 
     def forward(self, x, t):
         time = self.time(t)  # (B, c_time)
-        h = F.pixel_unshuffle(x, self.patch)  # (B, 3 patch^2, H / patch, W / patch)
+        h = x
         skips = []
         for module in self.part("down"):
             h = module(h, time) if isinstance(module, Block) else module(h)
@@ -177,12 +179,12 @@ class UNet(nn.Module):
                 h = module(torch.cat([h, skips.pop()], 1), time)
             else:
                 h = module(h)
-        return F.pixel_shuffle(self.out(h), self.patch)  # (B, 3, H, W)
+        return self.out(h)
 
 
 def build(args):
     """The network that `args` describes, on args.device."""
-    net = UNet(args.channels, args.blocks, args.attention, args.dropout, args.patch)
+    net = UNet(args.channels, args.blocks, args.attention, args.dropout)
     if args.device.type == "cuda":  # on CPUs GroupNorm is several times slower in channels_last
         net = net.to(memory_format=torch.channels_last)
     return net.to(args.device)
@@ -478,11 +480,11 @@ class StartNoise:
 class Watched:
     """A network with a bar over its `calls`; after the second it says how long all of them will take."""
 
-    def __init__(self, model, calls):
+    def __init__(self, args, model, calls):
         self.model = model
         self.calls = calls
         self.done = 0
-        self.bar = progress_bar(calls, "network", "call")
+        self.bar = progress_bar(args, calls, "network", "call")
 
     def __call__(self, x, t):
         start = time.perf_counter()
@@ -535,7 +537,7 @@ def sample(args):
     start = time.perf_counter()
     mine = range(args.rank, len(noise.names), args.world)
     groups = batches(args, mine, noise.shape)
-    network = Watched(model, len(groups) * network_calls(args, settings))
+    network = Watched(args, model, len(groups) * network_calls(args, settings))
     options = dict(sampling(args, settings), eta=args.eta[0])
     for group in groups:
         keys = [(i, 1) for i in group]
@@ -577,7 +579,7 @@ def invert(args):
     alpha_bar = make_alpha_bar()
     times = ddim_times(args.sample_steps)
     end = alpha_bar[0].item()
-    network = Watched(model, len(groups) * len(times) * (args.iterations + 1))
+    network = Watched(args, model, len(groups) * len(times) * (args.iterations + 1))
     predict = predictor(network, alpha_bar, settings.prediction, use_bf16(args, settings), clamp=False)
     psnr = []
     for group in groups:
@@ -651,7 +653,7 @@ def figure(args, name, network, noise, rows, columns, title="", scale=1.5):
     finally:
         trial.unlink(missing_ok=True)
     groups = batches(args, range(len(noise)), noise.shape)
-    watched = Watched(model, len(args.eta) * len(groups) * network_calls(args, settings))
+    watched = Watched(args, model, len(args.eta) * len(groups) * network_calls(args, settings))
     options = sampling(args, settings)
     images = []
     for row, eta in enumerate(args.eta):
@@ -719,17 +721,17 @@ def grid(args):
 
 NAME = "p3_ddim"
 # settings that a checkpoint keeps; --resume refuses others
-NETWORK = ("channels", "blocks", "attention", "dropout", "patch")
+NETWORK = ("channels", "blocks", "attention", "dropout")
 TRAINING = ("batch_size", "lr", "gamma", "seed")
 # what load_model adds to the settings of a checkpoint of this script, and those of the course's network
 OWN = {"prediction": "v", "course": False}
 COURSE = {"prediction": "eps", "course": True, "size": 256}
-COURSE.update(channels=[128, 128, 256, 256, 512, 512], blocks=2, attention=[16], dropout=0.0, patch=1)
+COURSE.update(channels=[128, 128, 256, 256, 512, 512], blocks=2, attention=[16], dropout=0.0)
 
 
 def check_size(sides, settings, what):
     """Raises ValueError unless the network of `settings` can halve these heights and widths."""
-    factor = settings.patch * 2 ** (len(settings.channels) - 1)
+    factor = 2 ** (len(settings.channels) - 1)
     if any(side == 0 or side % factor for side in sides):
         found = "x".join(str(side) for side in sides)
         raise ValueError(f"{what}: found {found}, expected multiples of {factor}, for the network's halvings")
@@ -782,8 +784,8 @@ def write_whole(path, write):
     """Writes a file whole or not at all: write(file) fills a temporary file, which is then renamed."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder; expected the name of a file")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: is a folder or a device; expected the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -886,11 +888,13 @@ def load_model(path, device="cpu"):
     return model.eval(), settings
 
 
-def progress_bar(total, what, unit, initial=0):
-    """A tqdm bar, which also heeds TQDM_DISABLE; in a file it writes a line a minute."""
+def progress_bar(args, total, what, unit, initial=0):
+    """A tqdm bar of the first process; TQDM_DISABLE=1 hides it. In a file it writes a line a minute."""
     try:
         from tqdm import tqdm
     except ImportError:  # the file copied alone runs without progress bars
+        tqdm = None
+    if tqdm is None or args.rank > 0:
         nothing = lambda *_, **__: None
         return argparse.Namespace(update=nothing, set_postfix=nothing, close=nothing)
     interval = 1 if sys.stderr.isatty() else 60
@@ -915,14 +919,14 @@ class Run:
         self.log = []
         self.totals = {}
         self.count = 0
-        self.stopped = False
+        self.signalled = False
         if args.batch_size % args.world:
             raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {args.world} processes")
         if args.resume:
             self.resume()
-        elif Path(args.ckpt).exists():
-            raise ValueError(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
         elif args.rank == 0:  # a folder that cannot be written shows now, not after hours
+            if Path(args.ckpt).exists():
+                raise ValueError(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
             write_whole(args.ckpt, lambda file: None)
             os.remove(args.ckpt)
         if args.world > 1 and args.device.type == "cuda":
@@ -939,22 +943,20 @@ class Run:
         handlers = {}
         if threading.current_thread() is threading.main_thread():
             for name in (signal.SIGINT, signal.SIGTERM):
-                handlers[name] = signal.signal(name, self.stop)
+                handlers[name] = signal.signal(name, self.on_signal)
         self.say(f"{self.images[0]:,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}")
-        self.bar = progress_bar(args.steps, "train", "step", initial=self.step)
+        self.bar = progress_bar(args, args.steps, "train", "step", initial=self.step)
         every = min(100, max(10, args.steps // 20))  # steps between rows of the log
         start = time.perf_counter() - self.seconds
         saved = self.row_seconds = self.seconds
+        stopped = False
         try:
-            while self.step < args.steps and not self.stopped:
+            while self.step < args.steps and not stopped:
                 self.step += 1
                 yield self.step
                 self.seconds = time.perf_counter() - start
                 self.bar.update()
-                if args.world > 1 and self.step % 10 == 0:  # one process stops all
-                    flag = torch.tensor(float(self.stopped), device=args.device)
-                    dist.all_reduce(flag)
-                    self.stopped = flag.item() > 0
+                stopped = self.agree_to_stop()
                 due = self.seconds - saved > 120
                 if due or self.step % every == 0:
                     self.add_row()
@@ -973,8 +975,18 @@ class Run:
         if self.step < args.steps:
             raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
 
-    def stop(self, *_):
-        self.stopped = True
+    def on_signal(self, *_):
+        self.signalled = True
+
+    def agree_to_stop(self):
+        """True after a signal; several processes ask one another every 10 steps, and stop together."""
+        if self.args.world == 1:
+            return self.signalled
+        if self.step % 10 > 0:
+            return False
+        flag = torch.tensor(float(self.signalled), device=self.args.device)
+        dist.all_reduce(flag)
+        return flag.item() > 0
 
     def say(self, text):
         if self.args.rank == 0:
@@ -1015,7 +1027,7 @@ class Run:
         if args.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(args.device)
         state = {"script": NAME, "args": self.settings, "images": self.images, "step": self.step}
-        state.update(seconds=self.seconds, log=self.log, rng=rng)
+        state.update(seconds=self.seconds, log=self.log, rng=rng, command=args.command)
         state.update({name: part.state_dict() for name, part in self.parts.items()})
         rows = [list(self.log[0]), *(row.values() for row in self.log)]
         try:
@@ -1030,7 +1042,7 @@ class Run:
         """Loads args.ckpt into the parts; raises ValueError where settings or images differ."""
         ckpt = load_checkpoint(self.args.ckpt)
         if "optim" not in ckpt:
-            raise ValueError(f"--resume: {self.args.ckpt} holds a network without the state of training")
+            raise ValueError(f"--resume: {self.args.ckpt} does not hold the state of training")
         old = {**ckpt["args"], "images": ckpt["images"]}
         new = {**self.settings, "images": self.images}
         differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
@@ -1047,6 +1059,21 @@ class Run:
         torch.set_rng_state(ckpt["rng"]["cpu"])
         if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
             torch.cuda.set_rng_state(ckpt["rng"]["cuda"], self.args.device)
+
+
+def export(args):
+    """Writes the averaged network of --ckpt into the folder --out, without the state of training.
+
+    Its parameters are float16; settings, training command and --note stand beside them.
+    """
+    ckpt = load_checkpoint(args.ckpt)
+    model, _ = load_model(args.ckpt)
+    half = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
+    state = {key: ckpt[key] for key in ("script", "args", "step", "seconds", "command")}
+    state.update(note=args.note, ema={**model.state_dict(), **half})
+    path = Path(args.out) / Path(args.ckpt).name
+    write_whole(path, lambda file: torch.save(state, file))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 def find_ckpt(name, mode):
@@ -1120,6 +1147,7 @@ def add_options(p):
     add(p, "--gt", "face/GT", "mse: ground truth with the same file names", metavar="DIR")
     add(p, "--out", None, "where results go: a folder; eval, mse: a JSON file", metavar="PATH")
     add(p, "--ckpt", None, "checkpoint to write or read, or the course's UNet.pt", own, metavar="FILE")
+    add(p, "--note", "", "export: what the file says of itself, such as its figures", "none", metavar="TEXT")
     add(p, "--inception", None, "eval: pytorch-fid's Inception weights", "downloaded once", metavar="FILE")
     sizes = "train 64, --fast 32; noise 256; else the network's"
     add(p, "--size", None, "height and width of the images", sizes, type=number(int, 8))
@@ -1141,10 +1169,9 @@ def add_options(p):
 
     g = p.add_argument_group("network of train (elsewhere the checkpoint says it)")
     text = "width at each resolution, multiples of 32"
-    add(g, "--channels", [64, 128, 256], text, type=number(int, 32), nargs="+", metavar="C")
+    add(g, "--channels", [32, 64, 128, 256], text, type=number(int, 32), nargs="+", metavar="C")
     add(g, "--blocks", 1, "residual blocks per resolution", type=positive)
-    add(g, "--attention", [4], "strides with attention", type=positive, nargs="*", metavar="S")
-    add(g, "--patch", 2, "pixels folded into channels at the entrance", type=int, choices=(1, 2, 4))
+    add(g, "--attention", [8], "strides with attention", type=positive, nargs="*", metavar="S")
     add(g, "--dropout", 0.0, "dropout in the residual blocks", type=share)
 
     g = p.add_argument_group("sampling")
@@ -1162,6 +1189,7 @@ DEFAULTS = {
     "interpolate": {"out": "p3_figures"},
     "noise": {"out": "noise", "size": 256},
     "invert": {"out": "inverted"},
+    "export": {"out": ".weights"},
     "grid": {"out": "p3_figures"},
 }
 FAST = {"steps": 1500, "size": 32}
@@ -1189,6 +1217,7 @@ def check_options(args):
 
 def parse_args(argv=None):
     """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = fail
     add(first, "--mode", "train", "what to do", choices=MODES)
@@ -1208,6 +1237,7 @@ def parse_args(argv=None):
     if preset.sampler == "dpm++":
         p.set_defaults(**DPM)
     args = p.parse_args(argv)
+    args.command = shlex.join(["python", f"{NAME}.py", *argv])
 
     check_options(args)
     args.ckpt = args.ckpt or find_ckpt(NAME, args.mode)
@@ -1233,16 +1263,19 @@ def train_faces(args):
 
 
 MODES = {"train": train_faces, "sample": sample, "eval": evaluate, "mse": mse, "noise": write_noise}
-MODES.update({"eta-grid": eta_grid, "interpolate": interpolate, "invert": invert, "grid": grid})
+MODES.update(
+    {"eta-grid": eta_grid, "interpolate": interpolate, "invert": invert, "grid": grid, "export": export}
+)
 
 
 def main(argv=None):
     """The command line: what goes wrong becomes one line on standard error and an exit code."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
     try:
         args = parse_args(argv)
-        if args.mode not in ("train", "eval", "mse", "noise") and args.rank == 0:
+        if args.mode not in ("train", "eval", "mse", "noise", "export") and args.rank == 0:
             print(f"weights: {args.ckpt}")
         MODES[args.mode](args)
     except (ValueError, OSError, ImportError, FloatingPointError) as e:

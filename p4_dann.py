@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -82,9 +83,10 @@ class Net(nn.Module):
     Every image is made grey and standardised first, whatever the arch and the method. This input is ours,
     not the paper's or the reports': colour, contrast and brightness tell domains apart, not digits.
     arch: "deep" is ours, "small" and "paper" are the reports' (section "the reports").
+    pairs: of domain logits in "deep", one for all digits, or one for each (dann-mt, 614,110 parameters).
     """
 
-    def __init__(self, arch="deep"):
+    def __init__(self, arch="deep", pairs=1):
         super().__init__()
         if arch == "deep":
             self.features = nn.Sequential(
@@ -103,7 +105,7 @@ class Net(nn.Module):
                 nn.Flatten(),  # (B, 256)
             )
             self.label = nn.Sequential(nn.Dropout(0.5), nn.Linear(256, DIGITS))
-            self.domain = mlp(nn.ReLU, 256, 128, 2)
+            self.domain = mlp(nn.ReLU, 256, 128, 2 * pairs)
         else:
             self.features, self.label, self.domain = report_layers(arch)
         # in the EMA network: the mean probability of each digit on the target
@@ -123,8 +125,9 @@ class Net(nn.Module):
 
 
 def build(args):
-    """The network of args.arch, on args.device."""
-    return Net(args.arch).to(args.device, memory_format=torch.channels_last)
+    """The network of args.arch and args.training, on args.device."""
+    pairs = DIGITS if args.training == "dann-mt" else 1
+    return Net(args.arch, pairs).to(args.device, memory_format=torch.channels_last)
 
 
 # ---------------- augmentation and losses ----------------
@@ -163,18 +166,54 @@ def cutout(x, radius=5):
     return torch.where(hidden, x.mean((1, 2, 3), keepdim=True), x)
 
 
-def schedules(p):
-    """(lambda_, factor of the learning rate) at progress p in [0, 1] (1505.07818, section 5.2.2)."""
-    return 2 / (1 + math.exp(-10 * p)) - 1, (1 + 10 * p) ** -0.75
+def random_convolution(x):
+    """Another texture for half of the images (2007.13003); x: grey images (B, 3, H, W) in [-1, 1].
+
+    Each gets a random kernel of 1x1 to 7x7, keeps its mean and standard deviation, and is mixed with
+    what it was by a random share.
+    """
+    b = len(x)
+    x = x[:, :1].float()  # (B, 1, H, W)
+    distance = torch.arange(-3, 4, device=x.device).abs()
+    radius = torch.randint(4, (b, 1, 1, 1), device=x.device)
+    inside = torch.maximum(distance[:, None], distance) <= radius
+    kernel = inside * torch.randn(b, 1, 7, 7, device=x.device)
+    padded = F.pad(x, (3, 3, 3, 3), "reflect").transpose(0, 1)  # the images as channels, a kernel for each
+    y = F.conv2d(padded, kernel, groups=b).transpose(0, 1)
+    mean = x.mean((2, 3), keepdim=True)
+    spread = x.std((2, 3), keepdim=True)
+    y = y - y.mean((2, 3), keepdim=True)
+    y = mean + y * spread / (y.std((2, 3), keepdim=True) + 1e-3)
+    share = torch.rand(b, 1, 1, 1, device=x.device)
+    chosen = torch.rand(b, 1, 1, 1, device=x.device) < 0.5
+    return torch.lerp(x, y, share * chosen).expand(-1, 3, -1, -1)
 
 
-def domain_loss(net, source, target, lambda_):
+def strong(x):
+    """The augmentation of all that a network learns from."""
+    return random_convolution(augment(x, 1.0))
+
+
+def schedules(p, training="dann"):
+    """(lambda_, factor of the learning rate) at progress p in [0, 1] (1505.07818, section 5.2.2).
+
+    dann-mt's learning rate falls linearly to 0.
+    """
+    factor = 1 - p if training == "dann-mt" else (1 + 10 * p) ** -0.75
+    return 2 / (1 + math.exp(-10 * p)) - 1, factor
+
+
+def domain_loss(net, source, target, lambda_, digits=None):
     """Cross-entropy of the domain head on gradient-reversed features (B, C) of both domains.
 
     domain head: minimise it; features: maximise it, lambda_ times as strongly (1505.07818).
+    digits: (2B, 10), the probabilities of the digits, mix a head's ten pairs of logits into one. So the
+    threes of one domain are matched with the threes of the other (1809.02176 has a head for each digit).
     """
     features = ReverseGradient.apply(torch.cat([source, target]), lambda_)
     logits = net.domain(features).float()
+    if logits.shape[1] == 2 * DIGITS:
+        logits = (digits[:, :, None] * logits.view(-1, DIGITS, 2)).sum(1)
     if logits.shape[1] == 1:  # the arch "paper" has the logit of "target" alone
         logits = F.pad(logits, (1, 0))
     domain = torch.ones(len(logits), dtype=torch.long, device=logits.device)
@@ -206,7 +245,8 @@ def consistency_loss(student, probabilities, threshold):
 THRESHOLD = 0.9  # the teacher's probability from which its digit counts
 ALIGN = 0.5  # 0: pseudo-labels as they come; 1: all digits made equally frequent
 START = 0.3  # the share of training after which the consistency loss sets in
-RAMP = 0.2  # the share of training within which its weight then rises to 1
+RAMP = 0.2  # the share of training within which its weight then rises
+CONSISTENCY = 3.0  # to this
 
 
 def losses(args, model, ema, x, y, u, p):
@@ -221,7 +261,7 @@ def losses(args, model, ema, x, y, u, p):
     nothing = torch.zeros((), device=x.device)
 
     # label head and features: minimise the cross-entropy of the labelled digits
-    features = model.embed(augment(x, 1.0) if augmented else x)
+    features = model.embed(strong(x) if augmented else x)
     class_loss = F.cross_entropy(model.label(features).float(), y)
     if u is None:
         return class_loss, nothing, nothing
@@ -231,16 +271,17 @@ def losses(args, model, ema, x, y, u, p):
         ema.marginal.lerp_(teacher.mean(0), 0.01)
 
     # domain head: minimise the cross-entropy of the domains, features: maximise it (1505.07818)
-    target = model.embed(cutout(augment(u, 1.0)) if augmented else u)
+    target = model.embed(cutout(strong(u)) if augmented else u)
+    pseudo = align(teacher, ema.marginal, ALIGN)
+    digits = torch.cat([F.one_hot(y, DIGITS).float(), pseudo])
     lambda_, _ = schedules(p)
-    adaptation = domain_loss(model, features, target, lambda_)
+    adaptation = domain_loss(model, features, target, lambda_, digits)
     if args.training == "dann":
         return class_loss, adaptation, nothing
 
     # label head and features: minimise the cross-entropy of the teacher's sure digits (2001.07685)
-    pseudo = align(teacher, ema.marginal, ALIGN)
     consistency, sure = consistency_loss(model.label(target).float(), pseudo, THRESHOLD)
-    weight = min(max(p - START, 0) / RAMP, 1)
+    weight = CONSISTENCY * min(max(p - START, 0) / RAMP, 1)
     return class_loss, adaptation + weight * consistency, sure
 
 
@@ -298,7 +339,7 @@ def train(args, images, labels, target=None, evaluate=None):
             i_target = torch.randint(len(target), (args.batch_size,), device=args.device)
             u = target[i_target].float() / 127.5 - 1
 
-        _, factor = schedules(p)
+        _, factor = schedules(p, args.training)
         optim.param_groups[0]["lr"] = args.lr * factor * min(step / 100, 1)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             class_loss, adaptation, sure = losses(args, model, ema, x, labels[i], u, p)
@@ -666,8 +707,8 @@ def write_whole(path, write):
     """Writes a file whole or not at all: write(file) fills a temporary file, which is then renamed."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder; expected the name of a file")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: is a folder or a device; expected the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -886,7 +927,7 @@ class Run:
         rng = {"cpu": torch.get_rng_state()}
         if args.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(args.device)
-        state = {"script": NAME, "args": self.settings, "step": self.step}
+        state = {"script": NAME, "args": self.settings, "step": self.step, "command": args.command}
         state.update(seconds=self.seconds, log=self.log, rng=rng)
         state.update({name: part.state_dict() for name, part in self.parts.items()})
         rows = [list(self.log[0]), *(row.values() for row in self.log)]
@@ -912,6 +953,21 @@ class Run:
         torch.set_rng_state(ckpt["rng"]["cpu"])
         if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
             torch.cuda.set_rng_state(ckpt["rng"]["cuda"], self.args.device)
+
+
+def export(args):
+    """Writes the averaged network of --ckpt into the folder --out, without the state of training.
+
+    Its parameters are float16; settings, training command and --note stand beside them.
+    """
+    ckpt = load_checkpoint(args.ckpt)
+    model, _ = load_model(args.ckpt)
+    half = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
+    state = {key: ckpt[key] for key in ("script", "args", "step", "seconds", "command")}
+    state.update(note=args.note, ema={**model.state_dict(), **half})
+    path = Path(args.out) / Path(args.ckpt).name
+    write_whole(path, lambda file: torch.save(state, file))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 def find_ckpt(name, mode):
@@ -992,6 +1048,7 @@ def add_options(p):
     add(p, "--out", None, "where results go: a CSV file; table, tsne: a folder", outs, metavar="PATH")
     text = "checkpoint to write or read, its log.csv beside it; predict: several vote; table: their folder"
     add(p, "--ckpt", None, text, own, metavar="FILE", nargs="+", dest="ckpts")
+    add(p, "--note", "", "export: what the file says of itself, such as its figures", "none", metavar="TEXT")
     add(p, "--seed", 0, "random seed of training and of tsne", type=seed)
     add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
     precisions = ("auto", "bf16", "float32")
@@ -1033,12 +1090,14 @@ DEFAULTS = {
     "eval": {"input": "pred.csv"},
     "table": {"out": "table", "ckpts": ["checkpoints"]},
     "tsne": {"out": "p4_figures"},
+    "export": {"out": ".weights"},
 }
 FAST = {"steps": 400}
 
 
 def parse_args(argv=None):
     """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = fail
     text = "what to do; table: the reports' table, with our own input: every image grey and standardised"
@@ -1055,6 +1114,7 @@ def parse_args(argv=None):
     if preset.fast:
         p.set_defaults(**FAST)
     args = p.parse_args(argv)
+    args.command = shlex.join(["python", f"{NAME}.py", *argv])
 
     if args.mode == "eval" and args.gt is None:
         fail("--mode eval needs --gt FILE, the CSV of true labels")
@@ -1146,7 +1206,8 @@ def train_digits(args):
         print(f"oracle, a LEAK of target labels: {best}")
 
 
-MODES = {"train": train_digits, "predict": write_predictions, "eval": evaluate, "table": table, "tsne": tsne}
+MODES = {"train": train_digits, "predict": write_predictions, "eval": evaluate}
+MODES.update({"table": table, "tsne": tsne, "export": export})
 
 
 def check_ckpts(args):
@@ -1162,7 +1223,8 @@ def check_ckpts(args):
 def main(argv=None):
     """The command line: what goes wrong becomes one line on standard error and an exit code."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
     try:
         args = parse_args(argv)
         if args.mode in ("predict", "tsne"):

@@ -146,9 +146,8 @@ def test_ddim_draws_no_noise_at_eta_0_and_uses_it_above():
 def test_log_snr_times_are_even_in_log_snr():
     alpha_bar = p2.make_alpha_bar("cosine", 400)
     times = p2.log_snr_times(alpha_bar, 15, 4)
-    assert (
-        times[0] == 399 and times[-1] == 4 and 13 <= len(times) <= 15 and times == sorted(times, reverse=True)
-    )
+    assert times[0] == 399 and times[-1] == 4 and times == sorted(times, reverse=True)
+    assert 10 <= len(times) <= 15  # at the noisy end several of the 15 fall on one step
     lambda_ = (alpha_bar / (1 - alpha_bar)).log() / 2
     for ideal in torch.linspace(lambda_[-1], lambda_[4], 15):
         nearest = (lambda_ - ideal).abs().min()
@@ -284,6 +283,7 @@ def test_resume_is_bit_equal(tmp_path, options):
     )
 
 
+@pytest.mark.slow
 def test_training_learns_the_digits(tmp_path):
     """The loss keeps falling on the built-in digits."""
     p2.main(
@@ -315,15 +315,25 @@ def test_existing_checkpoint_is_not_overwritten(ckpt, error):
     assert ckpt.read_bytes() == before
 
 
-def test_nan_stops_the_run_and_keeps_the_checkpoint(ckpt, tmp_path, capsys):
+def test_nan_stops_the_run_and_keeps_the_checkpoint(ckpt, tmp_path, capsys, monkeypatch):
     path = tmp_path / "nan.pt"
-    state = torch.load(ckpt, weights_only=True)
-    state["model"]["stem.weight"][0] = math.nan
-    torch.save(state, path)
+    shutil.copy(ckpt, path)
     before = path.read_bytes()
+    original = p2.diffusion_loss
+    monkeypatch.setattr(p2, "diffusion_loss", lambda *arguments: original(*arguments) * math.nan)
     with pytest.raises(SystemExit) as stop:
         p2.main(["--mode", "train", "--resume", "--steps", "8", "--ckpt", str(path), *TINY])
-    assert stop.value.code == 1 and "'loss': nan" in capsys.readouterr().err and path.read_bytes() == before
+    assert stop.value.code == 1 and "'loss': nan" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_resume_refuses_weights_that_are_not_finite(ckpt, tmp_path):
+    state = torch.load(ckpt, weights_only=True)
+    state["model"]["stem.weight"][0] = math.nan
+    torch.save(state, tmp_path / "nan.pt")
+    args = p2.parse_args(["--resume", "--steps", "8", "--ckpt", str(tmp_path / "nan.pt"), *TINY])
+    with pytest.raises(ValueError, match="not finite"):
+        p2.train(args, *common.load_digits(None, "mnistm", "train"))
 
 
 def start(*arguments, **options):
@@ -338,6 +348,7 @@ def start(*arguments, **options):
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_exits_130(tmp_path):
     path = tmp_path / "stopped.pt"
     process = start("--mode", "train", "--ckpt", str(path), *TINY)
@@ -353,6 +364,7 @@ def test_ctrl_c_saves_and_exits_130(tmp_path):
     assert torch.load(path, weights_only=True)["step"] == step + 1
 
 
+@pytest.mark.slow
 def test_full_disk(ckpt, tmp_path):
     """Files may not grow beyond a limit: the old checkpoint stays, nothing half-written is left."""
     path = tmp_path / "old.pt"
@@ -370,7 +382,7 @@ def test_full_disk(ckpt, tmp_path):
     )
     _, err = process.communicate()
     assert process.returncode == 2 and "cannot be written" in err and "Traceback" not in err
-    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["old.log.csv", "old.pt"]
+    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["old.pt"]
     process = start(
         "--mode",
         "sample",
@@ -479,6 +491,7 @@ def test_other_files_in_out_are_named_and_kept(ckpt, tmp_path, capsys):
     assert "notes.txt" in capsys.readouterr().err and (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_the_file_copied_alone_samples_and_trains(ckpt, tmp_path):
     shutil.copy(ROOT / "p2_diffusion.py", tmp_path)
     shutil.copy(ckpt, tmp_path / "model.pt")
@@ -587,6 +600,7 @@ def test_a_failed_save_leaves_the_log_beside_its_checkpoint(ckpt, tmp_path, monk
     assert (tmp_path / "model.log.csv").read_text() == before
 
 
+@pytest.mark.slow
 def test_the_script_s_own_folder_has_weights(ckpt, tmp_path):
     """Without --ckpt: checkpoints/ here, else .weights/ beside the script, else beside it."""
     shutil.copy(ROOT / "p2_diffusion.py", tmp_path)
@@ -640,6 +654,7 @@ def test_ascii_terminal_and_left_over_variables(ckpt, tmp_path):
     assert "\\u2192" in result.stdout and len(os.listdir(tmp_path / "\u2192\udcff")) == 10
 
 
+@pytest.mark.slow
 def test_grid_and_eval(ckpt, tmp_path, capsys):
     p2.main(
         ["--mode", "grid", "--ckpt", str(ckpt), "--out", str(tmp_path / "figures"), "--sample-steps", "7"]

@@ -648,7 +648,9 @@ def test_bars_heed_tqdm_disable(tmp_path, capsys):
 
 
 def test_tensors_that_cannot_be_trained_on(tmp_path):
-    args = p3.parse_args([str(option) for option in [*TINY, "--patch", 4, "--ckpt", tmp_path / "a.pt"]])
+    args = p3.parse_args(
+        [str(option) for option in [*TINY, "--channels", 32, 32, 32, 32, "--ckpt", tmp_path / "a.pt"]]
+    )
     for bad, found in (
         (torch.zeros(4, 3, 16, 16), "found torch.float32"),
         (torch.zeros(4, 16, 16, 3).byte(), "found torch.uint8"),
@@ -825,7 +827,6 @@ def test_defaults_follow_mode_and_sampler():
         "--size 38",
         "--mode noise --size 100",
         "--channels 33",
-        "--patch 3",
         "--mode sample --eta 0 1",
         "--eta 2",
         "--sample-steps 501",
@@ -862,10 +863,10 @@ def test_bad_checkpoints(own, tmp_path, error):
     assert "not a readable" in message(saved(Hostile(tmp_path / "executed")))
     assert not (tmp_path / "executed").exists()
     for network in (torch.load(own, weights_only=True)["ema"], {"optim": {}}):
-        assert "without the state of training" in error(train, saved(network), 9, "--resume")
+        assert "does not hold the state of training" in error(train, saved(network), 9, "--resume")
     (tmp_path / "noise").mkdir()
-    torch.save(torch.zeros(1, 3, 18, 16), tmp_path / "noise" / "00.pt")
-    assert "found 18x16, expected multiples of 4" in message(own, "--noise", tmp_path / "noise")
-    assert "found 18, expected multiples of 4" in message(own, "--size", 18)
+    torch.save(torch.zeros(1, 3, 17, 16), tmp_path / "noise" / "00.pt")
+    assert "found 17x16, expected multiples of 2" in message(own, "--noise", tmp_path / "noise")
+    assert "found 17, expected multiples of 2" in message(own, "--size", 17)
     assert "looked for" in error(train, tmp_path / "new.pt", 2, "--data", tmp_path)
     assert not (tmp_path / "out").exists()
