@@ -1492,7 +1492,8 @@ def run(args):
 def main(argv=None):
     """The command line: what goes wrong becomes one line on standard error and an exit code."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
     try:
         code = run(parse_args(argv))
     except (ValueError, OSError, ImportError) as e:

