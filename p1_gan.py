@@ -1006,7 +1006,7 @@ PRESETS = {
                    diffaugment="none",        decay="none",   batch_size=64, steps=7000,  flip=True),
     "wgangp": dict(lr=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9,   n_critic=5, g_updates=1, ema=0.0,
                    diffaugment="none",        decay="none",   batch_size=64, steps=7000,  flip=True),
-    "sngan":  dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=1, ema=0.999,
+    "sngan":  dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=2, ema=0.999,
                    diffaugment="translation", decay="linear", batch_size=16, steps=28000, flip=True),
     "acgan":  dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=2, ema=0.999,
                    diffaugment="translation", decay="linear", batch_size=32, steps=10000, flip=False),
