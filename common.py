@@ -52,6 +52,7 @@ from tqdm import tqdm
 
 DOMAINS = ("mnistm", "svhn", "usps")
 MAX_PIXELS = 2**24  # of one input image: a PNG of a few kB can unpack to gigabytes
+BAR = {"leave": False, "mininterval": 1 if sys.stderr.isatty() else 60}  # in a file a line a minute
 NO_PIXELS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # PIL knows these formats and decodes none of them
 
 
@@ -739,7 +740,7 @@ def train_classifier(data, path, device):
     steps = max(16 * len(images) // batch, 2000)
     optim = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optim, 4e-3, total_steps=steps)
-    for _ in tqdm(range(steps), desc="classifier", leave=False):
+    for _ in tqdm(range(steps), desc="classifier", **BAR):
         i = torch.randint(len(images), (batch,), device=device)
         dy, dx = torch.randint(0, 5, (2,)).tolist()  # shifts by up to 2 pixels
         x = F.pad(images[i].float() / 127.5 - 1, (2, 2, 2, 2), mode="replicate")
@@ -755,6 +756,7 @@ def train_classifier(data, path, device):
         "optimizer": optim.state_dict(),
         "data": str(data or "built-in data"),
         "accuracy": (classify(net, val) == val_labels).float().mean().item(),
+        "diversity": diversity(images, labels).cpu(),
     }
     write_whole(path, functools.partial(torch.save, state))
 
@@ -816,8 +818,9 @@ def read_digit_folder(folder):
 def score_digits(folder, data, classifier, beside, device):
     """Accuracy and diversity of the images in `folder`, counted as the course's digit_classifier.py does.
 
-    data: as in load_digits, for the real images' diversity; classifier: weights in the course's format, or
-    None for beside/digit_classifier_<hash of data>.pth, trained now if it is missing.
+    data: as in load_digits, for the real images' diversity. classifier: weights in the course's format.
+    Without it: beside/digit_classifier_<hash of data>.pth, trained now if it is missing. Without data and
+    classifier: .weights/digit_classifier.pth beside this file, which also knows the diversity of MNIST-M.
     Prints a table; returns a dict for JSON. Raises ValueError or OSError.
     """
     names, images, labels = read_digit_folder(folder)
@@ -830,6 +833,9 @@ def score_digits(folder, data, classifier, beside, device):
     else:
         source = os.fsencode(Path(data).resolve()) if data else b""
         path = Path(beside) / f"digit_classifier_{hashlib.sha256(source).hexdigest()[:8]}.pth"
+        shipped = Path(__file__).resolve().parent / ".weights" / "digit_classifier.pth"
+        if data is None and shipped.is_file() and not path.is_file():
+            path = shipped
         if not path.is_file():
             train_classifier(data, path, device)
     net, state = load_classifier(path, device)
@@ -837,8 +843,11 @@ def score_digits(folder, data, classifier, beside, device):
     if "accuracy" in state and "data" in state:
         own = f"{100 * state['accuracy']:.2f} % on the val part of {state['data']}"
     right = classify(net, images) == labels
-    real, real_labels = (v.to(device) for v in load_digits(data, "mnistm", "train"))
-    ratio = diversity(images, labels) / diversity(real, real_labels)
+    if data is None and "diversity" in state:
+        reference = state["diversity"].to(device)
+    else:
+        reference = diversity(*(v.to(device) for v in load_digits(data, "mnistm", "train")))
+    ratio = diversity(images, labels) / reference
     accuracies = [right[labels == digit].float().mean().item() for digit in range(10)]
     result = {
         "n": len(names),
@@ -963,7 +972,7 @@ def inception_features(net, images, batch=50):
     same_size = {}
     for i, image in enumerate(images):
         same_size.setdefault(image.shape, []).append(i)
-    bar = tqdm(total=len(images), desc="inception", unit="image", leave=False)
+    bar = tqdm(total=len(images), desc="inception", unit="image", **BAR)
     for indices in same_size.values():
         for start in range(0, len(indices), batch):
             part = indices[start : start + batch]

@@ -1,118 +1,135 @@
 #!/usr/bin/env bash
-# Everything in one command: train what is missing, sample, score, draw the figures, write a report.
+# Everything in one command: samples, scores, figures, and a page of it all.
 #
-#   bash run_all.sh                          built-in data, minutes, results in results/
-#   bash run_all.sh IN OUT [p1 p2 p3 p4]     the course's data in IN, results in OUT; after an interruption the same call goes on where it stopped
+#   bash run_all.sh                          with the weights that come with it, minutes, results in results/
+#   bash run_all.sh --train                  trains all four on built-in data first, 15 minutes
+#   bash run_all.sh IN OUT [p1 p2 p3 p4]     trains on the course's data in IN, hours; called again it goes on
 #
-# The graders' calls, with checkpoints in checkpoints/ beside this file (train there, or: mkdir -p checkpoints && cp OUT/*.pt checkpoints/):
+# The graders' calls, with checkpoints/ beside this file or else the weights that come with it:
 #
-#   bash run_all.sh p1 OUT                     1000 faces                   hw2_p1.sh of 2021, hw2_1.sh of 2022
-#   bash run_all.sh acgan OUT                  0_001.png ... 9_100.png      hw2_p2.sh of 2021
-#   bash run_all.sh p2 OUT                     0_001.png ... 9_100.png      hw2_2.sh of 2022, hw2_1.sh of 2023
-#   bash run_all.sh p3 NOISE OUT UNET          NN.png for every NN.pt       hw2_2.sh of 2023
-#   bash run_all.sh p4 IMAGES OUT.csv          image_name,label             hw2_3.sh of 2022 and 2023
-#   bash run_all.sh p4 IMAGES TARGET OUT.csv   the same with dann           hw2_p3.sh of 2021; SVHN is adapted from USPS there
-#   bash run_all.sh bonus IMAGES TARGET OUT.csv   with dann-mt              hw2_bonus.sh of 2021
+#   bash run_all.sh p1 OUT                   1000 faces                   hw2_p1.sh of 2021, hw2_1.sh of 2022
+#   bash run_all.sh acgan OUT                0_001.png ... 9_100.png      hw2_p2.sh of 2021
+#   bash run_all.sh p2 OUT                   0_001.png ... 9_100.png      hw2_2.sh of 2022, hw2_1.sh of 2023
+#   bash run_all.sh p3 NOISE OUT UNET        NN.png for every NN.pt       hw2_2.sh of 2023
+#   bash run_all.sh p4 IMAGES OUT.csv        image_name,label             hw2_3.sh of 2022 and 2023
+#   bash run_all.sh p4 IMAGES TARGET OUT.csv the same with dann           hw2_p3.sh of 2021, SVHN from USPS
+#   bash run_all.sh bonus IMAGES TARGET OUT.csv   with dann-mt            hw2_bonus.sh of 2021
 set -euo pipefail
-here=$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-usage() { sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+here=$(CDPATH="" cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
+usage() { sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 absolute() { case $1 in /*) printf %s "$1" ;; *) printf %s "$PWD/$1" ;; esac; }
-predict() {  # p4's default checkpoints are named from the folder that holds the scripts
-  local options=(--input "$(absolute "$1")" --out "$(absolute "$2")")
-  cd "$here" && exec python3 p4_dann.py --mode predict "${options[@]}" "${@:3}"
+call() {  # a script on paths that are absolute, from this folder, where it finds checkpoints/ and .weights/
+  cd "$here" && exec python3 "$@"
+}
+bonus() {  # IMAGES TARGET OUT.csv, more options
+  local source=()
+  if [ "$2" = svhn ]; then source=(--source usps); fi
+  call p4_dann.py --mode predict --input "$(absolute "$1")" --target "$2" --out "$(absolute "$3")" \
+    ${source[@]+"${source[@]}"} "${@:4}"
 }
 
 case "$#:${1-}" in
-  2:p1) exec python3 "$here/p1_gan.py" --mode sample --out "$2" --ckpt "$here/checkpoints/p1_sngan.pt" ;;
-  2:p2) exec python3 "$here/p2_diffusion.py" --mode sample --out "$2" --ckpt "$here/checkpoints/p2_diffusion_unet.pt" ;;
-  4:p3) exec python3 "$here/p3_ddim.py" --mode sample --noise "$2" --out "$3" --ckpt "$4" ;;
-  2:acgan) exec python3 "$here/p1_gan.py" --mode sample --method acgan --out "$2" --ckpt "$here/checkpoints/p1_acgan.pt" ;;
-  3:p4) predict "$2" "$3" ;;
-  4:p4|4:bonus) options=(--target "$3"); if [ "$3" = svhn ]; then options+=(--source usps); fi
-        if [ "$1" = p4 ]; then options+=(--method dann); fi
-        predict "$2" "$4" "${options[@]}" ;;
-  0:) in=; out=results; problems=(p1 p2 p3 p4) ;;
+  2:p1) call p1_gan.py --mode sample --out "$(absolute "$2")" ;;
+  2:acgan) call p1_gan.py --mode sample --method acgan --out "$(absolute "$2")" ;;
+  2:p2) call p2_diffusion.py --mode sample --out "$(absolute "$2")" ;;
+  4:p3) call p3_ddim.py --mode sample --noise "$(absolute "$2")" --out "$(absolute "$3")" --ckpt "$(absolute "$4")" ;;
+  3:p4) call p4_dann.py --mode predict --input "$(absolute "$2")" --out "$(absolute "$3")" ;;
+  4:p4) bonus "${@:2}" --method dann ;;
+  4:bonus) bonus "${@:2}" ;;
+  0:) in=; out=results; train=; problems=(p1 p2 p3 p4) ;;
+  1:--train) in=; out=results; train=yes; problems=(p1 p2 p3 p4) ;;
   *) [ $# -ge 2 ] || usage
      [ -d "$1" ] || { echo "error: $1: no such folder" >&2; usage; }
-     in=$1; out=$2; shift 2; problems=("$@"); [ $# -gt 0 ] || problems=(p1 p2 p3 p4) ;;
+     in=$1; out=$2; train=yes; shift 2; problems=("$@"); [ $# -gt 0 ] || problems=(p1 p2 p3 p4) ;;
 esac
 
 for problem in "${problems[@]}"; do
   case $problem in p1|p2|p3|p4) ;; *) usage ;; esac
 done
-data=(); built_in=(--built-in); faces=yes
+data=(); built_in=(--built-in); faces=yes; digits=yes
 if [ -n "$in" ]; then
   data=(--data "$in"); built_in=()
-  if ! [ -d "$in/face/train" ]; then
-    faces=
-    echo "$in/face/train: no such folder; the parts that learn from faces are left out"
-  fi
+  if ! [ -d "$in/face/train" ]; then faces=; echo "$in/face/train: no such folder; the faces are left out"; fi
+  if ! [ -d "$in/digits" ]; then digits=; echo "$in/digits: no such folder; the digits are left out"; fi
 fi
 mkdir -p "$out"
 
-run() {  # a command, and its time for the report
+run() {  # a script with its options, and its time for the report
   local start=$SECONDS code=0
   echo "+ $*"
-  "$@" || code=$?
-  printf '%s\t%s\n' "$((SECONDS - start))" "$*" >> "$out/commands.tsv"
+  python3 "$here/$1" "${@:2}" || code=$?
+  printf '%s\t%s\n' "$((SECONDS - start))" "python3 $*" >> "$out/commands.tsv"
   if [ $code -ne 0 ]; then
     report > /dev/null || true  # of what there is
     exit $code
   fi
 }
 report() { python3 "$here/common.py" report "$out" ${built_in[@]+"${built_in[@]}"}; }
-quick() { if [ -z "$in" ]; then echo "$*"; fi; }  # options of the built-in run
-train() {  # checkpoint, script, options: goes on where an earlier call stopped
-  local ckpt=$1 resume=()
+short() { if [ -z "$in" ]; then echo "$*"; fi; }  # options of the runs on built-in data
+weights() {  # NAME, script, options of training: trains $out/NAME.pt, or takes the weights that come with it
+  ckpt=$here/.weights/$1.pt
+  if [ -z "$train" ]; then [ -e "$ckpt" ]; return; fi
+  ckpt=$out/$1.pt
+  local resume=()
   if [ -e "$ckpt" ]; then resume=(--resume); fi
-  run python3 "$here/$2" --mode train --ckpt "$ckpt" ${data[@]+"${data[@]}"} "${@:3}" ${resume[@]+"${resume[@]}"}
+  run "$2" --mode train --ckpt "$ckpt" ${data[@]+"${data[@]}"} "${@:3}" ${resume[@]+"${resume[@]}"}
+}
+evaluate() {  # script, folder, more options
+  if [ -n "$in" ]; then run "$1" --mode eval --input "$2" --out "$2.json" --data "$in" "${@:3}"; fi
+}
+
+p1() {
+  local grids=()
+  for method in ${faces:+${train:+dcgan} ${in:+wgangp} sngan} ${digits:+acgan}; do
+    weights "p1_$method" p1_gan.py --method "$method" $(short --batch-size 16 --steps 200) || continue
+    run p1_gan.py --mode sample --method "$method" --ckpt "$ckpt" --out "$out/p1_$method"
+    evaluate p1_gan.py "$out/p1_$method" --method "$method" --ckpt "$ckpt"
+    if [ "$method" = acgan ]; then run p1_gan.py --mode grid --ckpt "$ckpt" --out "$out/p1_figures"; fi
+    if [ "$method" = dcgan ] || [ "$method" = sngan ]; then grids+=("$ckpt"); fi
+  done
+  if [ ${#grids[@]} -gt 0 ]; then run p1_gan.py --mode grid --ckpt "${grids[@]}" --out "$out/p1_figures"; fi
+}
+p2() {
+  [ $digits ] || return 0
+  weights p2_diffusion p2_diffusion.py $(short --fast --steps 1000) || return 0
+  run p2_diffusion.py --mode sample --ckpt "$ckpt" --out "$out/p2_digits"
+  local scored=(--mode eval --ckpt "$ckpt" --input "$out/p2_digits" --out "$out/p2_digits.json")
+  run p2_diffusion.py "${scored[@]}" ${data[@]+"${data[@]}"}
+  run p2_diffusion.py --mode grid --ckpt "$ckpt" --out "$out/p2_figures"
+}
+p3() {
+  local given=()
+  if [ -n "$in" ] && [ -e "$in/face/UNet.pt" ]; then  # the course's network and noises of 2023
+    given=(--ckpt "$in/face/UNet.pt" --noise "$in/face/noise")
+    run p3_ddim.py --mode sample "${given[@]}" --out "$out/p3_given"
+    if [ -d "$in/face/GT" ]; then
+      run p3_ddim.py --mode mse --input "$out/p3_given" --gt "$in/face/GT" --out "$out/p3_given.json"
+    fi
+  fi
+  if [ $faces ] && weights p3_ddim p3_ddim.py $(short --fast --steps 400); then
+    run p3_ddim.py --mode sample --sampler dpm++ --ckpt "$ckpt" $(short --num 200) --out "$out/p3_faces"
+    evaluate p3_ddim.py "$out/p3_faces"
+    run p3_ddim.py --mode grid --ckpt "$ckpt" --out "$out/p3_figures"
+    [ ${#given[@]} -gt 0 ] || given=(--ckpt "$ckpt")
+  fi
+  [ ${#given[@]} -gt 0 ] || return 0
+  run p3_ddim.py --mode eta-grid "${given[@]}" --out "$out/p3_figures"
+  run p3_ddim.py --mode interpolate "${given[@]}" --out "$out/p3_figures"
+}
+p4() {
+  [ $digits ] || return 0
+  local targets=(svhn usps) scenarios=() methods=()
+  if [ -z "$in" ]; then targets=(svhn); scenarios=(--scenarios mnistm-svhn); fi
+  if [ -z "$train" ]; then methods=(--methods source dann-mt); fi
+  run p4_dann.py --mode table --seeds 0 --ckpt "$out" --out "$out/p4_table" ${data[@]+"${data[@]}"} \
+    ${scenarios[@]+"${scenarios[@]}"} ${methods[@]+"${methods[@]}"} $(short --fast)
+  for target in "${targets[@]}"; do
+    run p4_dann.py --mode tsne --ckpt "$out/p4_dann-mt_mnistm_${target}_deep_0.pt" --out "$out/p4_figures" \
+      ${data[@]+"${data[@]}"}
+  done
 }
 
 for problem in "${problems[@]}"; do
-  case $problem in
-    p1)
-      for method in ${faces:+dcgan ${in:+wgangp} sngan} acgan; do
-        train "$out/p1_$method.pt" p1_gan.py --method "$method" $(quick --batch-size 16 --steps 200)
-        run python3 "$here/p1_gan.py" --mode sample --ckpt "$out/p1_$method.pt" --method "$method" --out "$out/p1_$method"
-        if [ -n "$in" ]; then
-          run python3 "$here/p1_gan.py" --mode eval --method "$method" --ckpt "$out/p1_$method.pt" --input "$out/p1_$method" --data "$in" --out "$out/p1_$method.json"
-        fi
-      done
-      if [ $faces ]; then run python3 "$here/p1_gan.py" --mode grid --ckpt "$out/p1_dcgan.pt" "$out/p1_sngan.pt" --out "$out/p1_figures"; fi
-      run python3 "$here/p1_gan.py" --mode grid --ckpt "$out/p1_acgan.pt" --out "$out/p1_figures" ;;
-    p2)
-      train "$out/p2_diffusion_unet.pt" p2_diffusion.py $(quick --fast --steps 1000)
-      run python3 "$here/p2_diffusion.py" --mode sample --ckpt "$out/p2_diffusion_unet.pt" --out "$out/p2_digits"
-      run python3 "$here/p2_diffusion.py" --mode eval --ckpt "$out/p2_diffusion_unet.pt" --input "$out/p2_digits" ${data[@]+"${data[@]}"} --out "$out/p2_digits.json"
-      run python3 "$here/p2_diffusion.py" --mode grid --ckpt "$out/p2_diffusion_unet.pt" --out "$out/p2_figures" ;;
-    p3)
-      if [ -n "$in" ] && [ -e "$in/face/UNet.pt" ]; then  # the course's network and noises of 2023
-        given=(--ckpt "$in/face/UNet.pt" --noise "$in/face/noise")
-        run python3 "$here/p3_ddim.py" --mode sample "${given[@]}" --out "$out/p3_given"
-        if [ -d "$in/face/GT" ]; then run python3 "$here/p3_ddim.py" --mode mse --input "$out/p3_given" --gt "$in/face/GT" --out "$out/p3_given.json"; fi
-        run python3 "$here/p3_ddim.py" --mode eta-grid "${given[@]}" --out "$out/p3_figures"
-        run python3 "$here/p3_ddim.py" --mode interpolate "${given[@]}" --out "$out/p3_figures"
-      fi
-      if [ $faces ]; then
-        train "$out/p3_ddim.pt" p3_ddim.py $(quick --fast --steps 400)
-        num=64; if [ -n "$in" ]; then num=1000; fi
-        run python3 "$here/p3_ddim.py" --mode sample --sampler dpm++ --ckpt "$out/p3_ddim.pt" --num "$num" --out "$out/p3_faces"
-        if [ -n "$in" ]; then
-          run python3 "$here/p3_ddim.py" --mode eval --input "$out/p3_faces" --data "$in" --out "$out/p3_faces.json"
-        fi
-        run python3 "$here/p3_ddim.py" --mode grid --ckpt "$out/p3_ddim.pt" --out "$out/p3_figures"
-        if [ -z "$in" ] || ! [ -e "$in/face/UNet.pt" ]; then
-          run python3 "$here/p3_ddim.py" --mode eta-grid --ckpt "$out/p3_ddim.pt" --out "$out/p3_figures"
-          run python3 "$here/p3_ddim.py" --mode interpolate --ckpt "$out/p3_ddim.pt" --out "$out/p3_figures"
-        fi
-      fi ;;
-    p4)
-      targets=(svhn usps); scenarios=()
-      if [ -z "$in" ]; then targets=(svhn); scenarios=(--scenarios mnistm-svhn); fi
-      run python3 "$here/p4_dann.py" --mode table ${scenarios[@]+"${scenarios[@]}"} --seeds 0 --ckpt "$out" --out "$out/p4_table" ${data[@]+"${data[@]}"} $(quick --fast)
-      for target in "${targets[@]}"; do
-        run python3 "$here/p4_dann.py" --mode tsne --target "$target" --ckpt "$out/p4_dann-mt_mnistm_${target}_deep_0.pt" --out "$out/p4_figures" ${data[@]+"${data[@]}"}
-      done ;;
-  esac
+  $problem
 done
 report
