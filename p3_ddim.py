@@ -316,10 +316,15 @@ def ddim_times(calls):
 
 
 def log_snr_times(alpha_bar, calls, last):
-    """Times from T - 1 down to `last`, evenly spaced in log-SNR; fewer than `calls` where two coincide."""
+    """Times from T - 1 down to `last`, evenly spaced in log-SNR where it is above -8.
+
+    Below that there is nothing to decide. Fewer than `calls` where two coincide.
+    """
     lambda_ = (alpha_bar / (1 - alpha_bar)).log() / 2
-    grid = torch.linspace(lambda_[-1], lambda_[last], calls, dtype=torch.float64)
-    return (lambda_[:, None] - grid).abs().argmin(0).unique().flip(0).tolist()
+    grid = torch.linspace(max(lambda_[-1].item(), -4.0), lambda_[last].item(), calls, dtype=torch.float64)
+    times = (lambda_[:, None] - grid).abs().argmin(0)
+    times[0] = len(alpha_bar) - 1
+    return times.unique().flip(0).tolist()
 
 
 # ---------------- train ----------------

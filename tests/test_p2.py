@@ -146,12 +146,13 @@ def test_ddim_draws_no_noise_at_eta_0_and_uses_it_above():
 def test_log_snr_times_are_even_in_log_snr():
     alpha_bar = p2.make_alpha_bar("cosine", 400)
     times = p2.log_snr_times(alpha_bar, 15, 4)
-    assert times[0] == 399 and times[-1] == 4 and times == sorted(times, reverse=True)
-    assert 10 <= len(times) <= 15  # at the noisy end several of the 15 fall on one step
-    lambda_ = (alpha_bar / (1 - alpha_bar)).log() / 2
-    for ideal in torch.linspace(lambda_[-1], lambda_[4], 15):
-        nearest = (lambda_ - ideal).abs().min()
-        assert (lambda_[times] - ideal).abs().min() == nearest
+    assert len(times) == 15 and times == sorted(times, reverse=True)
+    assert times[0] == 399 and times[-1] == 4
+    lambda_ = (alpha_bar / (1 - alpha_bar)).log() / 2  # half of the log-SNR
+    ideal = torch.linspace(-4, lambda_[4].item(), 15)[1:]
+    nearest = (lambda_[:, None] - ideal).abs().min(0).values
+    assert torch.equal((lambda_[times[1:]] - ideal).abs(), nearest)
+    assert [p2.log_snr_times(alpha_bar, calls, 4) for calls in (1, 2)] == [[399], [399, 4]]
 
 
 def test_guidance():
