@@ -1,0 +1,97 @@
+"""The weights that come with the project, and --mode export, which makes them."""
+
+# SPDX-License-Identifier: MIT
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import p1_gan as p1
+import p2_diffusion as p2
+import p3_ddim as p3
+import p4_dann as p4
+
+SCRIPTS = {"p1_gan": p1, "p2_diffusion": p2, "p3_ddim": p3, "p4_dann": p4}
+WEIGHTS = sorted((ROOT / ".weights").glob("p*.pt"))
+TRAIN = {
+    p1: ["--method", "sngan", "--batch-size", "4"],
+    p2: ["--channels", "32", "32", "--batch-size", "4"],
+    p3: ["--size", "16", "--channels", "32", "64", "--attention", "2", "--batch-size", "4"],
+    p4: ["--target", "usps", "--batch-size", "8"],
+}
+SAMPLE = {
+    p1: ["--num", "2"],
+    p2: ["--num", "1", "--sample-steps", "2"],
+    p3: ["--num", "2", "--sample-steps", "2"],
+}
+
+
+def run(script, *options):
+    script.main([*map(str, options), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("script", TRAIN, ids=lambda script: script.__name__)
+def test_export(script, tmp_path, error):
+    """Half of the bytes and none of the optimiser; what it holds is used, but training does not go on."""
+    whole = tmp_path / "model.pt"
+    run(script, "--mode", "train", "--steps", 2, "--ckpt", whole, *TRAIN[script])
+    run(script, "--mode", "export", "--ckpt", whole, "--out", tmp_path / "w", "--note", "two steps")
+    small = tmp_path / "w" / "model.pt"
+    state = torch.load(small, weights_only=True)
+    assert (state["note"], state["step"]) == ("two steps", 2)
+    assert state["command"].startswith(f"python {script.__name__}.py --mode train --steps 2")
+    before, _ = script.load_model(whole)
+    after, _ = script.load_model(small)
+    parameters = dict(before.named_parameters())
+    for name, value in after.state_dict().items():
+        exact = before.state_dict()[name]
+        assert value.dtype == exact.dtype
+        if name in parameters:
+            exact = exact.half().float()
+        assert torch.equal(value, exact)
+    go_on = ["--mode", "train", "--steps", "3", "--resume", "--ckpt", str(small), "--device", "cpu"]
+    assert str(small) in error(script.main, [*go_on, *TRAIN[script]])
+    if script in SAMPLE:
+        run(script, "--mode", "sample", "--ckpt", small, "--out", tmp_path / "out", *SAMPLE[script])
+        assert len(os.listdir(tmp_path / "out")) >= 2
+
+
+@pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
+def test_weights_of_the_project(path):
+    """Each file is float16, says how it was made, and loads in its script."""
+    state = torch.load(path, weights_only=True)
+    script = SCRIPTS[state["script"]]
+    model, settings = script.load_model(path)
+    assert state["note"] and state["command"].startswith(f"python {state['script']}.py --mode train")
+    assert not model.training and settings.seed == state["args"]["seed"]
+    parameters = {name for name, _ in model.named_parameters()}
+    assert all(state["ema"][name].dtype == torch.float16 for name in parameters)
+
+
+def test_weights_are_small():
+    """The course takes repositories of at most 100 MB; 60 leave room."""
+    assert WEIGHTS and sum(path.stat().st_size for path in WEIGHTS) < 60e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["p1_gan", "p2_diffusion", "p3_ddim"])
+def test_a_fresh_clone_samples(script, tmp_path):
+    """Without --ckpt and from another folder the script takes the weights beside it, and says so."""
+    if not any(path.stem.startswith(script[:2]) for path in WEIGHTS):
+        pytest.skip(f"no weights of {script} yet")
+    shutil.copy(ROOT / f"{script}.py", tmp_path)
+    shutil.copytree(ROOT / ".weights", tmp_path / ".weights")
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    options = ["--mode", "sample", "--out", "out", *SAMPLE[SCRIPTS[script]]]
+    if script == "p3_ddim":
+        options += ["--sampler", "dpm++"]
+    command = [sys.executable, str(tmp_path / f"{script}.py"), *options]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / ".weights") in result.stdout
+    assert len(os.listdir(folder / "out")) >= 2
