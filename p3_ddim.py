@@ -702,7 +702,7 @@ def interpolate(args):
         row = [function(a, b, weight) for weight in weights]
         print(f"norm, {name}: " + "  ".join(f"{x.norm():.1f}" for x in row))
         latents += row
-    title = f"from {noise.names[0]}.pt to {noise.names[1]}.pt, "
+    title = f"from {noise.names[0]} to {noise.names[1]}, "
     figure(args, "interpolation.png", network, torch.stack(latents), ["slerp", "lerp"], weights, title)
 
 
@@ -1198,7 +1198,7 @@ DEFAULTS = {
     "grid": {"out": "p3_figures"},
 }
 FAST = {"steps": 1500, "size": 32}
-DPM = {"sample_steps": 20}
+DPM = {"sample_steps": 10}
 
 
 def check_options(args):

@@ -98,7 +98,7 @@ p2() {
   run p2_diffusion.py --mode grid --ckpt "$ckpt" --out "$out/p2_figures"
 }
 p3() {
-  local given=()
+  local given=() sampler=()
   if [ -n "$in" ] && [ -e "$in/face/UNet.pt" ]; then  # the course's network and noises of 2023
     given=(--ckpt "$in/face/UNet.pt" --noise "$in/face/noise")
     run p3_ddim.py --mode sample "${given[@]}" --out "$out/p3_given"
@@ -109,18 +109,21 @@ p3() {
   if [ $faces ] && weights p3_ddim p3_ddim.py $(short --fast --steps 400); then
     run p3_ddim.py --mode sample --sampler dpm++ --ckpt "$ckpt" $(short --num 200) --out "$out/p3_faces"
     evaluate p3_ddim.py "$out/p3_faces"
-    run p3_ddim.py --mode grid --ckpt "$ckpt" --out "$out/p3_figures"
-    [ ${#given[@]} -gt 0 ] || given=(--ckpt "$ckpt")
+    run p3_ddim.py --mode grid --sampler dpm++ --ckpt "$ckpt" --out "$out/p3_figures"
+    if [ ${#given[@]} -eq 0 ]; then
+      given=(--ckpt "$ckpt")
+      sampler=(--sampler dpm++)
+    fi
   fi
   [ ${#given[@]} -gt 0 ] || return 0
   run p3_ddim.py --mode eta-grid "${given[@]}" --out "$out/p3_figures"
-  run p3_ddim.py --mode interpolate "${given[@]}" --out "$out/p3_figures"
+  run p3_ddim.py --mode interpolate "${given[@]}" ${sampler[@]+"${sampler[@]}"} --out "$out/p3_figures"
 }
 p4() {
   [ $digits ] || return 0
   local targets=(svhn usps) scenarios=() methods=()
   if [ -z "$in" ]; then targets=(svhn); scenarios=(--scenarios mnistm-svhn); fi
-  if [ -z "$train" ]; then methods=(--methods source dann-mt); fi
+  if [ -z "$train" ]; then methods=(--methods dann-mt); fi
   run p4_dann.py --mode table --seeds 0 --ckpt "$out" --out "$out/p4_table" ${data[@]+"${data[@]}"} \
     ${scenarios[@]+"${scenarios[@]}"} ${methods[@]+"${methods[@]}"} $(short --fast)
   for target in "${targets[@]}"; do

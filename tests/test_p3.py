@@ -797,7 +797,7 @@ def test_help(capsys):
     assert out.count("(default:") >= len(options) - 2
     text = re.sub(r"\s+", " ", out)
     for default in (
-        "dpm++ (default: 20)",
+        "dpm++ (default: 10)",
         "PATH where results go: a folder; eval, mse: a JSON file (default: samples)",
     ):
         assert default in text
