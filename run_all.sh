@@ -46,11 +46,29 @@ esac
 for problem in "${problems[@]}"; do
   case $problem in p1|p2|p3|p4) ;; *) usage ;; esac
 done
-data=(); built_in=(--built-in); faces=yes; digits=yes
+domains_of() { case $1 in p1|p2) echo mnistm ;; p4) echo mnistm svhn usps ;; esac; }
+digits() {  # stops here, not after hours, if --data lacks one of these domains
+  PYTHONPATH=$here python3 - "$in" "$@" <<'PYTHON'
+import sys
+import common
+
+try:
+    for domain in dict.fromkeys(sys.argv[2:]):
+        for split in ("train", "val"):
+            common.load_digits(sys.argv[1], domain, split)
+except (ValueError, OSError) as e:
+    print(f"error: {e}", file=sys.stderr)
+    raise SystemExit(2)
+PYTHON
+}
+data=(); built_in=(--built-in); faces=yes
 if [ -n "$in" ]; then
   data=(--data "$in"); built_in=()
-  if ! [ -d "$in/face/train" ]; then faces=; echo "$in/face/train: no such folder; the faces are left out"; fi
-  if ! [ -d "$in/digits" ]; then digits=; echo "$in/digits: no such folder; the digits are left out"; fi
+  digits $(for problem in "${problems[@]}"; do domains_of "$problem"; done)
+  if ! [ -d "$in/face/train" ]; then
+    faces=
+    echo "$in/face/train: no such folder; the parts that learn from faces are left out"
+  fi
 fi
 mkdir -p "$out"
 
@@ -80,7 +98,7 @@ evaluate() {  # script, folder, more options
 
 p1() {
   local grids=()
-  for method in ${faces:+${train:+dcgan} ${in:+wgangp} sngan} ${digits:+acgan}; do
+  for method in ${faces:+${train:+dcgan} ${in:+wgangp} sngan} acgan; do
     weights "p1_$method" p1_gan.py --method "$method" $(short --batch-size 16 --steps 200) || continue
     run p1_gan.py --mode sample --method "$method" --ckpt "$ckpt" --out "$out/p1_$method"
     evaluate p1_gan.py "$out/p1_$method" --method "$method" --ckpt "$ckpt"
@@ -90,7 +108,6 @@ p1() {
   if [ ${#grids[@]} -gt 0 ]; then run p1_gan.py --mode grid --ckpt "${grids[@]}" --out "$out/p1_figures"; fi
 }
 p2() {
-  [ $digits ] || return 0
   weights p2_diffusion p2_diffusion.py $(short --fast --steps 1000) || return 0
   run p2_diffusion.py --mode sample --ckpt "$ckpt" --out "$out/p2_digits"
   local scored=(--mode eval --ckpt "$ckpt" --input "$out/p2_digits" --out "$out/p2_digits.json")
@@ -120,7 +137,6 @@ p3() {
   run p3_ddim.py --mode interpolate "${given[@]}" ${sampler[@]+"${sampler[@]}"} --out "$out/p3_figures"
 }
 p4() {
-  [ $digits ] || return 0
   local targets=(svhn usps) scenarios=() methods=()
   if [ -z "$in" ]; then targets=(svhn); scenarios=(--scenarios mnistm-svhn); fi
   if [ -z "$train" ]; then methods=(--methods dann-mt); fi

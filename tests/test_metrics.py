@@ -145,7 +145,7 @@ def test_features_against_pytorch_fid(weights, folders, tmp_path, monkeypatch, c
         assert first == f"{name} {result['distance']:.3f} (8 generated, {n} reference images)"
     foreign = tmp_path / "foreign.npz"  # as pytorch-fid writes it: of the published network
     np.savez(foreign, mu=mu_b, sigma=sigma_b)
-    assert "network 'FID'" in message(common.score_images, folders[0], foreign, weights, "cpu")
+    assert "statistics of 'FID'" in message(common.score_images, folders[0], foreign, weights, "cpu")
 
 
 def test_statistics_of_another_network_are_refused(tmp_path):
@@ -200,7 +200,7 @@ def test_bad_input(weights, tmp_path):
     assert "found 1 image" in message(common.score_images, tmp_path / "one", tmp_path, None, "cpu")
     assert "no such folder" in message(common.score_images, tmp_path / "one" / "a.png", tmp_path, None, "cpu")
     np.savez(tmp_path / "bad.npz", mean=np.zeros(3))
-    assert "found mean (3,)" in message(common.reference_statistics, tmp_path / "bad.npz", None, "")
+    assert "'mean': (3,)" in message(common.reference_statistics, tmp_path / "bad.npz", None, "")
     (tmp_path / "text.npz").write_text("x")
     assert "not a readable .npz" in message(common.reference_statistics, tmp_path / "text.npz", None, "")
     named = tmp_path / "inception-6726825d.pth"

@@ -811,7 +811,7 @@ def test_defaults_follow_mode_and_sampler():
         assert args("--mode", mode).out == "p3_figures"
     assert args("--mode", "eta-grid").eta == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert args("--mode", "sample").sample_steps == 50
-    assert args("--mode", "sample", "--sampler", "dpm++").sample_steps == 20
+    assert args("--mode", "sample", "--sampler", "dpm++").sample_steps == 10
     assert args("--mode", "sample", "--sampler", "dpm++", "--sample-steps", "7").sample_steps == 7
     assert (args("--fast").size, args("--fast").steps, args().size) == (32, 1500, 64)
     assert args("--fast", "--steps", "9").steps == 9 and args("--mode", "noise").size == 256

@@ -74,7 +74,8 @@ def test_report_has_the_numbers(out):
     assert not {"pass", "fail"} & set(row("inception score, sngan").split("|"))
     assert "0.0072" in row("mean squared error, given") and "fail" in row("largest mean squared error, given")
     assert "inception score, dcgan" not in page  # random weights have no classes
-    assert row("dann").count("pass") == 3 and row("dann").count("fail") == 1  # usps-mnistm has no bar
+    verdicts = "".join(row for row in rows if ", dann|" in row)
+    assert verdicts.count("pass") == 3 and verdicts.count("fail") == 1  # usps-mnistm has no bar
     assert "a&amp;b" in page and page.count("--long-option") == 40
     assert "<td>17</td>" in page  # both calls' seconds
     assert "damaged" not in page
@@ -159,11 +160,24 @@ def test_usage(tmp_path):
 
 @pytest.mark.slow
 def test_failure(tmp_path):
-    """It stops with the message and the code of what failed, and reports what there is."""
+    """Missing digits show at the start; what fails later stops it, and it reports what there is."""
     (tmp_path / "in").mkdir()
     result = run_all(tmp_path / "in", tmp_path / "out", "p4", "p2")
-    assert result.returncode == 2 and "no mnistm" in result.stderr and "p2_diffusion.py" not in result.stdout
-    assert "p4_dann.py --mode table" in (tmp_path / "out" / "report.html").read_text()
+    assert result.returncode == 2 and "no mnistm" in result.stderr and result.stdout.count("+ ") == 0
+    assert not (tmp_path / "out").exists()
+    face = tmp_path / "in" / "face" / "train" / "0.png"
+    face.parent.mkdir(parents=True)
+    face.write_bytes(b"damaged")
+    result = run_all(tmp_path / "in", tmp_path / "out", "p3")
+    assert result.returncode == 2 and "cannot be read" in result.stderr
+    assert "p3_ddim.py --mode train" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_link_to_it_works(home, tmp_path):
+    (tmp_path / "hw.sh").symlink_to(home / "run_all.sh")
+    result = run_all("acgan", "digits", script=tmp_path / "hw.sh", cwd=tmp_path)
+    assert result.returncode == 0 and len(os.listdir(tmp_path / "digits")) == 1000, result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +192,7 @@ def home(tmp_path_factory):
         path = home / "checkpoints" / ckpt
         script.main(["--mode", "train", "--device", "cpu", *options.split(), "--ckpt", str(path)])
 
-    train(p2, "--steps 1 --channels 32 32 --batch-size 4 --T 20", "p2_diffusion_unet.pt")
+    train(p2, "--steps 1 --channels 32 32 --batch-size 4 --T 20", "p2_diffusion.pt")
     for method in ("dann", "dann-mt"):
         options = f"--method {method} --target usps --steps 2 --batch-size 8"
         train(p4, options, f"p4_{method}_mnistm_usps_deep_0.pt")
