@@ -609,7 +609,9 @@ def score_digits(folder, data, classifier, beside, device):
         if not path.is_file():
             train_classifier(data, path, device)
     net, state = load_classifier(path, device)
-    own = f"{path}: own accuracy {state.get('accuracy')}, val part of {state.get('data')}"
+    own = str(path)
+    if "accuracy" in state:
+        own += f": {100 * state['accuracy']:.2f} % on the val part of {state['data']}"
     right = classify(net, images) == labels
     if data is None and "diversity" in state:
         reference = state["diversity"].to(device)
