@@ -564,9 +564,10 @@ def load_weights(net, path, device, expected):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         net.load_state_dict(state.get("state_dict", state))
-    except Exception as e:  # torch.load raises many types for missing, damaged or hostile files
-        reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise ValueError(f"{path}: not a state dict of {expected} ({reason})") from e
+    except OSError:
+        raise
+    except Exception as e:  # torch.load raises many types for damaged or hostile files
+        raise ValueError(f"{path}: not a state dict of {expected} ({type(e).__name__})") from e
     return state
 
 

@@ -127,7 +127,7 @@ def test_hostile_files_are_not_executed(tmp_path):
         p3.read_noise(hostile, p3.parse_args([]))
     with pytest.raises(ValueError, match="not a state dict"):
         common.load_inception(hostile, "cpu")
-    with pytest.raises(ValueError, match="not in the course's format"):
+    with pytest.raises(ValueError, match="not a state dict of the course's format"):
         common.load_classifier(hostile, "cpu")
     mu = np.array([Hostile(marker)], dtype=object)
     np.savez(tmp_path / "reference.npz", mu=mu, sigma=np.zeros(1))
