@@ -577,30 +577,12 @@ def load_classifier(path, device):
     return net, load_weights(net, path, device, "the course's format: conv1, conv2, fc1, fc2, fc3")
 
 
-def diversity(images, labels):
-    """Per digit: standard deviation over its images (0-255), mean over pixels; (10,), nan without images."""
-    values = torch.full((10,), torch.nan, device=images.device)
-    for digit in labels.unique().tolist():
-        values[digit] = images[labels == digit].float().std(0, correction=0).mean()
-    return values
+def digit_classifier(data, path, beside, device):
+    """(network, the dict in its file, a sentence about it) of weights in the course's format.
 
-
-def score_digits(folder, data, classifier, beside, device):
-    """Accuracy and diversity of the images in `folder`, counted as the course's digit_classifier.py does.
-
-    data: as in load_digits, for the real images' diversity. classifier: weights in the course's format.
-    Without it: beside/digit_classifier_<hash of data>.pth, trained now if it is missing. Without data and
-    classifier: .weights/digit_classifier.pth beside this file, which also knows the diversity of MNIST-M.
-    Prints a table; returns a dict for JSON. Raises OSError, and ValueError for what the course's refuses.
+    Without path: beside/digit_classifier_<hash of data>.pth, trained now if it is missing. Without data and
+    path: .weights/digit_classifier.pth beside this file, which also knows the diversity of MNIST-M.
     """
-    paths = list_images(folder, at_least=2, strict=True)
-    images = read_images(paths).to(device)
-    wrong = [path.name for path in paths if path.name[0] not in "0123456789"]
-    if wrong or images.shape[2:] != (28, 28):
-        found = f"found images of {list(images.shape[2:])}, names {wrong[:3]}"
-        raise ValueError(f"{folder}: {found}; expected 28x28 pixels, names that start with their digit")
-    labels = torch.tensor([int(path.name[0]) for path in paths], device=device)
-    path = classifier
     if not path:
         source = os.fsencode(Path(data).resolve()) if data else b""
         path = Path(beside) / f"digit_classifier_{hashlib.sha256(source).hexdigest()[:8]}.pth"
@@ -613,6 +595,31 @@ def score_digits(folder, data, classifier, beside, device):
     own = str(path)
     if "accuracy" in state:
         own += f": {100 * state['accuracy']:.2f} % on the val part of {state['data']}"
+    return net, state, own
+
+
+def diversity(images, labels):
+    """Per digit: standard deviation over its images (0-255), mean over pixels; (10,), nan without images."""
+    values = torch.full((10,), torch.nan, device=images.device)
+    for digit in labels.unique().tolist():
+        values[digit] = images[labels == digit].float().std(0, correction=0).mean()
+    return values
+
+
+def score_digits(folder, data, classifier, beside, device):
+    """Accuracy and diversity of the images in `folder`, counted as the course's digit_classifier.py does.
+
+    data: as in load_digits, for the real images' diversity. classifier, beside: as in digit_classifier.
+    Prints a table; returns a dict for JSON. Raises OSError, and ValueError for what the course's refuses.
+    """
+    paths = list_images(folder, at_least=2, strict=True)
+    images = read_images(paths).to(device)
+    wrong = [path.name for path in paths if path.name[0] not in "0123456789"]
+    if wrong or images.shape[2:] != (28, 28):
+        found = f"found images of {list(images.shape[2:])}, names {wrong[:3]}"
+        raise ValueError(f"{folder}: {found}; expected 28x28 pixels, names that start with their digit")
+    labels = torch.tensor([int(path.name[0]) for path in paths], device=device)
+    net, state, own = digit_classifier(data, classifier, beside, device)
     right = classify(net, images) == labels
     if data is None and "diversity" in state:
         reference = state["diversity"].to(device)

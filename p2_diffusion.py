@@ -150,10 +150,10 @@ class UNet(nn.Module):
 
 def build(args):
     """The network that `args` describes (arch and its settings), on args.device."""
-    if args.arch == "context":
-        net = ContextUnet(args.width, args.T)
-    else:
+    if args.arch == "unet":
         net = UNet(args.channels, args.blocks, args.patch, args.dropout, args.T)
+    else:
+        net = REPORT_NETWORKS[args.arch](args)
     if args.device.type == "cuda":  # on CPUs GroupNorm is several times slower in channels_last
         net = net.to(memory_format=torch.channels_last)
     return net.to(args.device)
@@ -162,29 +162,33 @@ def build(args):
 # ---------------- schedule, loss, samplers ----------------
 
 
-def make_alpha_bar(schedule, T):
+def make_alpha_bar(schedule, T, beta_end=0.02):
     """alpha_bar (T,) in float64: the share of the image's variance that is left at each step.
 
-    linear: beta from 1e-4 to 0.02 whatever T, as the reports have it (2006.11239 has T = 1000).
+    linear: beta from 1e-4 to beta_end whatever T, as the reports have it (2006.11239 has T = 1000).
     cosine: 2102.09672, equation 17.
     """
     if schedule == "linear":
-        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+        beta = torch.linspace(1e-4, beta_end, T, dtype=torch.float64)
     else:
         f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return torch.cumprod(1 - beta, 0)
 
 
-def diffusion_loss(model, x0, y, alpha_bar, prediction, gamma):
-    """Mean squared error of the network's eps or v at random steps, stratified over the batch.
+def diffusion_loss(model, x0, y, alpha_bar, prediction, gamma, stratified=True):
+    """Mean squared error of the network's eps or v at random steps.
 
     x0: float (B, 3, H, W) in [-1, 1]. y: (B,) digits, NULL where dropped.
     gamma: min-SNR weights (2303.09556); 0 leaves all weights at 1.
+    stratified: the steps of a batch are spread evenly over all of them; else each is drawn for itself.
     """
     b = len(x0)
     T = len(alpha_bar)
-    u = (torch.rand(1, device=x0.device) + torch.arange(b, device=x0.device) / b) % 1
+    if stratified:
+        u = (torch.rand(1, device=x0.device) + torch.arange(b, device=x0.device) / b) % 1
+    else:
+        u = torch.rand(b, device=x0.device)
     t = (u * T).long().clamp(max=T - 1)
     a = alpha_bar[t].sqrt().float().view(-1, 1, 1, 1)
     s = (1 - alpha_bar[t]).sqrt().float().view(-1, 1, 1, 1)
@@ -205,10 +209,10 @@ def diffusion_loss(model, x0, y, alpha_bar, prediction, gamma):
     return (weight.float() * (out - target).square().mean((1, 2, 3))).mean()
 
 
-def predictor(model, y, alpha_bar, prediction, guidance=0.0, bf16=False):
+def predictor(model, y, alpha_bar, prediction, guidance=0.0, bf16=False, clamp=True):
     """The function predict(x, t) -> (x0, eps) that the samplers call; x (B, 3, H, W), t an int.
 
-    x0 is clamped to [-1, 1], and eps agrees with the clamped x0.
+    clamp: x0 is clamped to [-1, 1]. eps agrees with x0.
     guidance: w of (1 + w) out(x, y) - w out(x, NULL), 2207.12598; both branches run as one batch.
     """
 
@@ -228,7 +232,8 @@ def predictor(model, y, alpha_bar, prediction, guidance=0.0, bf16=False):
         a = alpha_bar[t].sqrt().item()
         s = (1 - alpha_bar[t]).sqrt().item()
         x0 = (x - s * out) / a if prediction == "eps" else a * x - s * out
-        x0 = x0.clamp(-1, 1)
+        if clamp:
+            x0 = x0.clamp(-1, 1)
         return x0, (x - a * x0) / s
 
     return predict
@@ -238,17 +243,21 @@ def predictor(model, y, alpha_bar, prediction, guidance=0.0, bf16=False):
 # The last update ends at alpha_bar = 1, at the image itself.
 
 
-def ddpm(predict, x, alpha_bar, times, noise):
-    """Ancestral sampling with the posterior's variance (2006.11239, equations 6 and 7).
+def ddpm(predict, x, alpha_bar, times, noise, variance="posterior"):
+    """Ancestral sampling (2006.11239, equations 6 and 7).
 
     x: normal noise (B, 3, H, W). noise() returns fresh noise like x. Returns images in [-1, 1].
+    variance: of the noise, "posterior" or "beta" (section 3.2 has both); the last step adds none.
     """
     levels = [*alpha_bar[times].tolist(), 1.0]
     for t, a, b in zip(times, levels, levels[1:]):
         x0, _ = predict(x, t)
         beta = 1 - a / b
         mean = math.sqrt(b) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * (1 - b) / (1 - a) * x
-        x = mean + math.sqrt((1 - b) / (1 - a) * beta) * noise()
+        sigma = math.sqrt((1 - b) / (1 - a) * beta)
+        if variance == "beta" and b < 1:
+            sigma = math.sqrt(beta)
+        x = mean + sigma * noise()
     return x
 
 
@@ -304,10 +313,25 @@ def log_snr_times(alpha_bar, calls, last):
 # ---------------- train ----------------
 
 
+def learning_rate(args, step, steps):
+    """The rate at a step of 1 to `steps`, args.lr at most."""
+    if args.lr_schedule == "sqrt":  # warm-up, then 1 / sqrt decay (2312.02696), whatever the number of steps
+        return args.lr * min(step / 200, 1) / max((step - 1) / 5000, 1) ** 0.5
+    progress = (step - 1) / steps
+    if args.lr_schedule == "linear":
+        return args.lr * (1 - progress)
+    if args.lr_schedule == "cosine":  # a tenth is warm-up
+        return args.lr * min(10 * progress, 0.5 + 0.5 * math.cos((progress - 0.1) / 0.9 * math.pi))
+    return args.lr
+
+
 @torch.no_grad()
-def update_ema(ema, model, step):
-    """Power-function average over about the last tenth of training (2312.02696, equation 15)."""
-    weight = 1 - (1 - 1 / step) ** 17
+def update_ema(ema, model, step, decay=None):
+    """Exponential average of the weights; decay 0 copies them.
+
+    Without decay: a power-function average over about the last tenth (2312.02696, equation 15).
+    """
+    weight = 1 - (1 - 1 / step) ** 17 if decay is None else 1 - decay
     for average, parameter in zip(ema.parameters(), model.parameters()):
         average.lerp_(parameter, weight)
     for average, buffer in zip(ema.buffers(), model.buffers()):
@@ -315,7 +339,7 @@ def update_ema(ema, model, step):
 
 
 def train(args, images, labels):
-    """Trains for args.steps steps, writes args.ckpt, returns the EMA network in eval mode.
+    """Trains for args.steps or args.epochs, writes args.ckpt, returns the EMA network in eval mode.
 
     images: uint8 (N, 3, H, H). labels: int64 (N,) in 0..9. args: parse_args([...]).
     Raises ValueError, FloatingPointError (loss not finite), KeyboardInterrupt (after Ctrl-C; saved).
@@ -325,28 +349,30 @@ def train(args, images, labels):
     model = build(args)
     ema = build(args)
     ema.load_state_dict(model.state_dict())
-    optim = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer]
+    options = dict(betas=args.betas, weight_decay=args.weight_decay, fused=True)
+    optim = optimizer(model.parameters(), args.lr, **options)
     run = Run(args, images, model=model, ema=ema, optim=optim)
     net = run.parallel(model)
     images = images.to(args.device)
     labels = labels.to(args.device)
-    alpha_bar = make_alpha_bar(args.schedule, args.T).to(args.device)
+    alpha_bar = make_alpha_bar(args.schedule, args.T, args.beta_end).to(args.device)
+    stratified = args.t_sampling == "stratified"
     for step in run:
         i = torch.randint(len(images), (args.batch_size // args.world,), device=args.device)
         x0 = images[i].float() / 127.5 - 1
         dropped = torch.rand(len(i), device=args.device) < args.label_dropout
         y = labels[i].masked_fill(dropped, NULL)
+        optim.param_groups[0]["lr"] = learning_rate(args, step, run.steps)
 
-        # warm-up, then 1 / sqrt decay (2312.02696); like the EMA it does not depend on args.steps
-        optim.param_groups[0]["lr"] = args.lr * min(step / 200, 1) / max((step - 1) / 5000, 1) ** 0.5
         # minimise the squared error of the predicted v (or eps)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-            loss = diffusion_loss(net, x0, y, alpha_bar, args.prediction, args.gamma)
+            loss = diffusion_loss(net, x0, y, alpha_bar, args.prediction, args.gamma, stratified)
         optim.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optim.step()
-        update_ema(ema, model, step)
+        update_ema(ema, model, step, args.ema)
         run.record(loss=loss, gradient=norm)
     return ema.eval()
 
@@ -381,7 +407,7 @@ def generate(model, settings, digits, numbers=None, seed=0, sampler="dpm++", cal
 
     model, settings: of load_model. numbers: tells images of one digit apart (default: 1 to N).
     An image depends on (seed, digit, number) alone. calls: of the network, for dpm++ and ddim.
-    more: eta of ddim; bf16; trace, a list that receives (t, the first image's x_t).
+    more: eta of ddim; variance of ddpm; clamp; bf16; trace, a list that receives the first image's x_t.
     Raises ValueError for what the network cannot do.
     """
     if numbers is None:
@@ -392,16 +418,18 @@ def generate(model, settings, digits, numbers=None, seed=0, sampler="dpm++", cal
         raise ValueError(f"--guidance {guidance}: this network has no null class; use --guidance 0")
     noise = Noise(zip(digits, numbers), (3, settings.size, settings.size), seed, settings.device)
     y = torch.tensor(list(digits), device=settings.device)
-    alpha_bar = make_alpha_bar(settings.schedule, settings.T)
-    network = predictor(model, y, alpha_bar, settings.prediction, guidance, more.get("bf16", False))
+    alpha_bar = make_alpha_bar(settings.schedule, settings.T, settings.beta_end)
+    options = dict(guidance=guidance, bf16=more.get("bf16", False), clamp=more.get("clamp", True))
+    network = predictor(model, y, alpha_bar, settings.prediction, **options)
 
     def predict(x, t):
         if "trace" in more:
-            more["trace"].append((t, to_uint8(x[0])))
+            more["trace"].append(to_uint8(x[0]))
         return network(x, t)
 
     if sampler == "ddpm":
-        x0 = ddpm(predict, noise(), alpha_bar, even_times(settings.T, settings.T), noise)
+        times = even_times(settings.T, settings.T)
+        x0 = ddpm(predict, noise(), alpha_bar, times, noise, more.get("variance", "posterior"))
     elif sampler == "ddim":
         x0 = ddim(predict, noise(), alpha_bar, even_times(settings.T, calls), more.get("eta", 0.0), noise)
     else:
@@ -415,7 +443,7 @@ def generate(model, settings, digits, numbers=None, seed=0, sampler="dpm++", cal
 def sampling(args):
     """The keyword arguments of `generate` that the command line sets."""
     options = dict(seed=args.seed, sampler=args.sampler, calls=args.sample_steps, guidance=args.guidance)
-    return dict(options, eta=args.eta, bf16=args.bf16)
+    return dict(options, eta=args.eta, variance=args.variance, clamp=args.clamp, bf16=args.bf16)
 
 
 def describe(args, settings):
@@ -456,10 +484,10 @@ def evaluate(args):
 
 
 def grid(args):
-    """Writes digits.png (10x10), reverse.png (six states of the first 0), guidance.png (w = 0, 0.5, 2),
-    training.png and network.txt into --out.
+    """Writes digits.png (10x10), reverse.png (states of the first 0), guidance.png (w = 0, 0.5, 2),
+    training.png and network.txt into --out. Prints the accuracy of --num images of each digit for each w.
     """
-    from common import save_curves, save_grid
+    from common import classify, digit_classifier, save_curves, save_grid
 
     model, settings = load_model(args.ckpt, args.device)
     how = describe(args, settings)
@@ -473,19 +501,27 @@ def grid(args):
     title = f"rows: digit, columns: noise; {how}, w = {args.guidance}"
     save_grid(out / "digits.png", rows, range(DIGITS), columns, title)
 
-    shown = [trace[i] for i in np.linspace(0, len(trace) - 1, 6).round().astype(int)[:5]]
-    titles = [f"t = {t}" for t, _ in shown] + ["result"]
-    states = torch.stack([state for _, state in shown] + [images[0]])
-    title = f"reverse process, {how}, T = {settings.T}"
-    save_grid(out / "reverse.png", states[None], [0], titles, title, scale=1.5)
+    trace.append(images[0])  # trace[k]: after k steps
+    numbers = args.states or np.linspace(0, len(trace) - 1, 6).round().astype(int).tolist()
+    if max(numbers) >= len(trace):
+        raise ValueError(f"--states {max(numbers)}: expected at most the sampler's {len(trace) - 1} steps")
+    states = torch.stack([trace[k] for k in numbers])
+    titles = [f"after {k}" for k in numbers]
+    save_grid(out / "reverse.png", states[None], [0], titles, f"reverse process, {how}", scale=1.5)
 
     weights = [0.0]
     if settings.label_dropout > 0:
         weights = [0.0, 0.5, 2.0]
+    classifier, _, own = digit_classifier(args.data, args.classifier, Path(args.ckpt).parent, args.device)
+    print(f"classifier {own}")
+    digits = [digit for digit in range(DIGITS) for _ in range(args.num)]
     rows = []
     for w in weights:
         options = {**sampling(args), "guidance": w}
-        rows.append(generate(model, settings, range(DIGITS), [1] * DIGITS, **options))
+        images = generate(model, settings, digits, list(range(1, args.num + 1)) * DIGITS, **options)
+        right = classify(classifier, images.to(args.device)).cpu() == torch.tensor(digits)
+        print(f"w = {w}: accuracy {right.float().mean():.3f} of {len(digits)} digits")
+        rows.append(images[:: args.num])
     title = f"guidance, the same noise in each column, {how}"
     save_grid(out / "guidance.png", torch.stack(rows), [f"w = {w}" for w in weights], range(DIGITS), title)
 
@@ -498,6 +534,289 @@ def grid(args):
 
 
 # ---------------- the reports ----------------
+
+
+class ChannelNorm(nn.Module):
+    """Normalises each position over its channels, then scales it; no bias."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x):
+        return F.layer_norm(x.movedim(1, -1), x.shape[1:2]).movedim(-1, 1) * self.gain
+
+
+class ReportAttention(nn.Module):
+    """Attention over all positions, with a norm before it and a skip connection.
+
+    linear: linear in the number of positions (1812.01243), with a ChannelNorm behind it.
+    bias: of the layer that makes queries, keys and values.
+    """
+
+    def __init__(self, channels, norm, heads=1, head=None, bias=True, linear=False):
+        super().__init__()
+        inner = heads * (head or channels)
+        self.heads = heads
+        self.linear = linear
+        self.norm = norm
+        self.qkv = nn.Conv2d(channels, 3 * inner, 1, bias=bias)
+        self.out = nn.Conv2d(inner, channels, 1)
+        if linear:
+            self.out = nn.Sequential(self.out, ChannelNorm(channels))
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, -1, h * w)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (B, heads, HW, head)
+        if self.linear:
+            y = q.softmax(-1) * q.shape[-1] ** -0.5 @ (k.softmax(-2).transpose(-1, -2) @ v / (h * w))
+        else:
+            y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(-1, -2).reshape(b, -1, h, w))
+
+
+class Block2022a(nn.Module):
+    """Convolution, GroupNorm, SiLU, twice; the embedding scales and shifts the first norm's output."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1 = nn.GroupNorm(8, c_out)
+        self.emb = nn.Sequential(nn.SiLU(), nn.Linear(256, 2 * c_out))
+        self.conv2 = nn.Sequential(nn.Conv2d(c_out, c_out, 3, padding=1), nn.GroupNorm(8, c_out), nn.SiLU())
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(self.norm1(self.conv1(x)) * (1 + scale) + shift)
+        return self.skip(x) + self.conv2(h)
+
+
+class UNet2022a(nn.Module):
+    """The network of report 2022a (after lucidrains/denoising-diffusion-pytorch), 36,254,339 parameters.
+
+    Linear attention at each of four levels, full attention in the middle. The label's embedding is added
+    to the time's; there is no NULL. Sides are padded to multiples of 8: 28x28 becomes 32x32.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 256))
+        self.label = nn.Embedding(DIGITS, 256)
+        self.stem = nn.Conv2d(3, 64, 7, padding=3)
+        self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
+        widths = [64, 64, 128, 256, 512]
+        for c, wider in zip(widths, widths[1:]):
+            halve = nn.Conv2d(c, wider, 4, stride=2, padding=1)
+            double = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(wider, c, 3, padding=1))
+            if wider == 512:  # the lowest level keeps its size
+                halve = nn.Conv2d(c, wider, 3, padding=1)
+            if len(self.down) == 0:  # so does the highest on the way up
+                double = nn.Conv2d(wider, c, 3, padding=1)
+            self.down.append(self.level(c, c, halve))
+            self.up.insert(0, self.level(c + wider, wider, double))
+        attention = ReportAttention(512, ChannelNorm(512), 4, 32, bias=False)
+        self.middle = nn.ModuleList([Block2022a(512, 512), attention, Block2022a(512, 512)])
+        self.last = Block2022a(128, 64)
+        self.out = nn.Conv2d(64, 3, 1)
+
+    @staticmethod
+    def level(c_in, c_out, resize):
+        attention = ReportAttention(c_out, ChannelNorm(c_out), 4, 32, bias=False, linear=True)
+        return nn.ModuleList([Block2022a(c_in, c_out), Block2022a(c_in, c_out), attention, resize])
+
+    def forward(self, x, t, y):
+        border = -x.shape[-1] % 8 // 2
+        frequencies = torch.exp(torch.linspace(0, -math.log(10000), 32, device=x.device))
+        angles = t[:, None] * frequencies
+        emb = self.time(torch.cat([angles.sin(), angles.cos()], 1)) + self.label(y)
+        h = first = self.stem(F.pad(x, [border] * 4))
+        skips = []
+        for block1, block2, attention, resize in self.down:
+            skips.append(block1(h, emb))
+            skips.append(attention(block2(skips[-1], emb)))
+            h = resize(skips[-1])
+        block1, attention, block2 = self.middle
+        h = block2(attention(block1(h, emb)), emb)
+        for block1, block2, attention, resize in self.up:
+            h = block1(torch.cat([h, skips.pop()], 1), emb)
+            h = block2(torch.cat([h, skips.pop()], 1), emb)
+            h = resize(attention(h))
+        h = self.out(self.last(torch.cat([h, first], 1), emb))
+        return F.pad(h, [-border] * 4)
+
+
+class Block2022b(nn.Module):
+    """GroupNorm, Swish, convolution, twice; time and label are added between, each by a layer of its own."""
+
+    def __init__(self, c_in, c_out, dropout, attention=False):
+        super().__init__()
+        self.first = nn.Sequential(nn.GroupNorm(32, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.time = nn.Sequential(nn.SiLU(), nn.Linear(512, c_out))
+        self.label = nn.Sequential(nn.SiLU(), nn.Linear(512, c_out))
+        norm = nn.Sequential(nn.GroupNorm(32, c_out), nn.SiLU(), nn.Dropout(dropout))
+        self.second = nn.Sequential(norm, nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = nn.Identity()
+        if attention:
+            self.attention = ReportAttention(c_out, nn.GroupNorm(32, c_out))
+
+    def forward(self, x, time, label):
+        h = self.first(x) + (self.time(time) + self.label(label))[:, :, None, None]
+        return self.attention(self.skip(x) + self.second(h))
+
+
+class Down2022b(nn.Module):
+    """Halves height and width by a 3x3 and a 5x5 convolution side by side."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv3 = nn.Conv2d(c, c, 3, stride=2, padding=1)
+        self.conv5 = nn.Conv2d(c, c, 5, stride=2, padding=2)
+
+    def forward(self, x):
+        return self.conv3(x) + self.conv5(x)
+
+
+class UNet2022b(nn.Module):
+    """The network of report 2022b (after zoubohao/DenoisingDiffusionProbabilityModel-ddpm-).
+
+    It has 33,293,187 parameters at T = 200: a table of the steps, row 0 of the labels for NULL, and
+    single-head attention in every block on the way down.
+    """
+
+    def __init__(self, T=200, dropout=0.15):
+        super().__init__()
+        frequencies = torch.exp(-math.log(10000) * torch.arange(0, 128, 2) / 128)
+        angles = torch.arange(T)[:, None] * frequencies
+        table = torch.stack([angles.sin(), angles.cos()], 2).flatten(1)  # (T, 128), trained further
+        self.time = self.embed(nn.Embedding.from_pretrained(table, freeze=False))
+        self.label = self.embed(nn.Embedding(DIGITS + 1, 128, padding_idx=0))
+        self.stem = nn.Conv2d(3, 128, 3, padding=1)
+        skips = [128, 128, 128, 128, 256, 256, 256, 256, 256]
+        self.down = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip(skips, skips[1:])):
+            if i in (2, 5):
+                self.down.append(Down2022b(c_in))
+            else:
+                self.down.append(Block2022b(c_in, c_out, dropout, attention=True))
+        self.middle = nn.ModuleList(
+            [Block2022b(256, 256, dropout, attention=True), Block2022b(256, 256, dropout)]
+        )
+        self.up = nn.ModuleList()
+        c = 256
+        for i, width in enumerate([256] * 6 + [128] * 3):
+            self.up.append(Block2022b(c + skips.pop(), width, dropout))
+            c = width
+            if i in (2, 5):
+                self.up.append(nn.ConvTranspose2d(c, c, 5, stride=2, padding=2, output_padding=1))
+                self.up.append(nn.Conv2d(c, c, 3, padding=1))
+        self.out = nn.Sequential(nn.GroupNorm(32, 128), nn.SiLU(), nn.Conv2d(128, 3, 3, padding=1))
+        self.apply(self.initialize)
+        lasts = [self.out[-1]]
+        for module in self.modules():
+            if isinstance(module, Block2022b):
+                lasts.append(module.second[-1])
+            elif isinstance(module, ReportAttention):
+                lasts.append(module.out)
+        for layer in lasts:
+            nn.init.xavier_uniform_(layer.weight, gain=1e-5)
+
+    @staticmethod
+    def embed(table):
+        return nn.Sequential(table, nn.Linear(128, 512), nn.SiLU(), nn.Linear(512, 512))
+
+    @staticmethod
+    def initialize(module):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, x, t, y):
+        emb = self.time(t), self.label((y + 1) % (DIGITS + 1))  # NULL is row 0
+        h = self.stem(x)
+        skips = [h]
+        for module in self.down:
+            h = module(h, *emb) if isinstance(module, Block2022b) else module(h)
+            skips.append(h)
+        for module in self.middle:
+            h = module(h, *emb)
+        for module in self.up:
+            if isinstance(module, Block2022b):
+                h = module(torch.cat([h, skips.pop()], 1), *emb)
+            else:
+                h = module(h)
+        return self.out(h)
+
+
+class DoubleConv(nn.Module):
+    """Convolution without bias, norm over all channels, GELU, convolution, norm.
+
+    residual: the input is added, and GELU follows.
+    """
+
+    def __init__(self, c_in, c_middle, c_out, residual=False):
+        super().__init__()
+        self.residual = residual
+        first = nn.Conv2d(c_in, c_middle, 3, padding=1, bias=False), nn.GroupNorm(1, c_middle), nn.GELU()
+        second = nn.Conv2d(c_middle, c_out, 3, padding=1, bias=False), nn.GroupNorm(1, c_out)
+        self.conv = nn.Sequential(*first, *second)
+
+    def forward(self, x):
+        return F.gelu(x + self.conv(x)) if self.residual else self.conv(x)
+
+
+class Stage2022c(nn.Module):
+    """Two DoubleConvs, the embedding added, self-attention with a feed-forward layer."""
+
+    def __init__(self, c_in, c_middle, c_out):
+        super().__init__()
+        self.conv = nn.Sequential(DoubleConv(c_in, c_in, c_in, True), DoubleConv(c_in, c_middle, c_out))
+        self.emb = nn.Sequential(nn.SiLU(), nn.Linear(256, c_out))
+        self.norm = nn.LayerNorm(c_out)
+        self.attention = nn.MultiheadAttention(c_out, 4, batch_first=True)
+        linear = nn.Linear(c_out, c_out), nn.GELU(), nn.Linear(c_out, c_out)
+        self.feed_forward = nn.Sequential(nn.LayerNorm(c_out), *linear)
+
+    def forward(self, x, emb):
+        x = self.conv(x) + self.emb(emb)[:, :, None, None]
+        h = x.flatten(2).transpose(1, 2)  # (B, HW, C)
+        normed = self.norm(h)
+        h = h + self.attention(normed, normed, normed, need_weights=False)[0]
+        h = h + self.feed_forward(h)
+        return h.transpose(1, 2).reshape(x.shape)
+
+
+class UNet2022c(nn.Module):
+    """The network of report 2022c (after dome272/Diffusion-Models-pytorch), 4,561,027 parameters.
+
+    NULL leaves the label's embedding out. One way down halves 28x28 to 14x14, the next to 7x7.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.label = nn.Embedding(DIGITS, 256)
+        self.stem = DoubleConv(3, 64, 64)
+        self.down = nn.ModuleList([Stage2022c(64, 128, 128), Stage2022c(128, 128, 128)])
+        self.middle = nn.Sequential(DoubleConv(128, 256, 256), DoubleConv(256, 128, 128))
+        self.up = nn.ModuleList([Stage2022c(256, 128, 64), Stage2022c(128, 64, 64)])
+        self.enlarge = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+        self.out = nn.Conv2d(64, 3, 1)
+
+    def forward(self, x, t, y):
+        frequencies = torch.exp(-math.log(10000) * torch.arange(0, 256, 2, device=x.device) / 256)
+        angles = t[:, None] * frequencies
+        known = (y != NULL)[:, None]
+        emb = torch.cat([angles.sin(), angles.cos()], 1) + known * self.label(y.clamp(max=DIGITS - 1))
+        skips = [self.stem(x)]
+        for stage in self.down:
+            skips.append(stage(F.max_pool2d(skips[-1], 2), emb))
+        h = self.middle(skips.pop())
+        for stage in self.up:
+            h = stage(torch.cat([skips.pop(), self.enlarge(h)], 1), emb)
+        return self.out(h)
 
 
 class ConvPair(nn.Module):
@@ -566,13 +885,52 @@ class ContextUnet(nn.Module):
         return self.out(torch.cat([h, x], 1))
 
 
+REPORT_NETWORKS = {
+    "2022a": lambda args: UNet2022a(),
+    "2022b": lambda args: UNet2022b(args.T, args.dropout),
+    "2022c": lambda args: UNet2022c(),
+    "context": lambda args: ContextUnet(args.width, args.T),
+}
+
+# What four teams did differently. (r): the report does not say; the repository that its network is from does.
+# All predict eps, weigh all steps alike, and draw each step for itself.
+REPORTS = {
+    "2022a": dict(
+        arch="2022a", T=1000, schedule="cosine",  # (r) the schedule
+        optimizer="adam", lr=1e-4, betas=[0.9, 0.99], weight_decay=0.0, clip=1.0,  # (r) all but Adam
+        lr_schedule="constant", ema=0.9995, batch_size=64, steps=100_000,  # (r) all but the batch
+        label_dropout=0.0, guidance=0.0, variance="posterior", clamp=True,  # (r) the last two
+    ),
+    "2022b": dict(
+        arch="2022b", T=200, schedule="linear", beta_end=0.028, dropout=0.15,  # (r) the schedule
+        optimizer="adamw", lr=2.5e-4, betas=[0.9, 0.999], weight_decay=1e-4, clip=1.0,  # (r)
+        lr_schedule="cosine", ema=0.0, batch_size=80, epochs=70,  # (r)
+        label_dropout=0.1, guidance=1.8, variance="beta", clamp=False,  # (r)
+    ),
+    "2022c": dict(
+        arch="2022c", T=1000, schedule="linear", beta_end=0.02,  # T = 500 was handed in, for its speed
+        optimizer="adamw", lr=3e-4, betas=[0.9, 0.999], weight_decay=0.01, clip=math.inf,  # (r) all but AdamW
+        lr_schedule="constant", ema=0.995, batch_size=14, epochs=300,  # (r)
+        label_dropout=0.1, guidance=2.0, variance="beta", clamp=False,  # (r)
+    ),
+    "2023": dict(
+        arch="context", T=400, schedule="linear", beta_end=0.02, width=216,  # (r) the schedule
+        optimizer="adam", lr=1e-4, betas=[0.9, 0.999], weight_decay=0.0, clip=math.inf,
+        lr_schedule="linear", ema=0.0, batch_size=256, epochs=25,  # (r) the rate falls linearly
+        label_dropout=0.1, guidance=2.0, variance="beta", clamp=False,  # (r) all but guidance: 0, 0.5 and 2
+    ),
+}  # fmt: skip
+EVERY_REPORT = dict(prediction="eps", gamma=0.0, t_sampling="uniform", sampler="ddpm")
+
+
 # ---------------- service: files, checkpoints, command line ----------------
 
 NAME = "p2_diffusion"
 # settings that a checkpoint keeps; --resume refuses others
 NETWORK = ("arch", "channels", "blocks", "patch", "dropout", "width")
-NETWORK += ("T", "schedule", "prediction", "label_dropout")
-TRAINING = ("batch_size", "lr", "gamma", "seed")
+NETWORK += ("T", "schedule", "beta_end", "prediction", "label_dropout")
+TRAINING = ("batch_size", "lr", "lr_schedule", "optimizer", "betas", "weight_decay", "clip", "ema")
+TRAINING += ("gamma", "t_sampling", "seed")
 
 
 def check_training_set(images, labels):
@@ -641,6 +999,8 @@ def load_checkpoint(path):
     found = list(ckpt)[:3] if isinstance(ckpt, dict) else type(ckpt).__name__
     if "script" in found:
         found = ckpt["script"]
+    if found == NAME and "args" in ckpt:
+        ckpt["args"].setdefault("beta_end", 0.02)  # files from before it was an option
     if found != NAME or {"ema", "args"} - ckpt.keys() or set(NETWORK) - ckpt["args"].keys():
         raise ValueError(f"--ckpt {path}: found {found}, expected a checkpoint of this {NAME}.py")
     return ckpt
@@ -702,6 +1062,9 @@ class Run:
         self.settings = {key: getattr(args, key) for key in NETWORK + TRAINING}
         self.settings["size"] = images.shape[-1]
         self.images = [len(images), images.sum().item()]  # --resume asks for the same
+        self.steps = args.steps or max(args.epochs * len(images) // args.batch_size, 1)
+        if args.lr_schedule in ("linear", "cosine"):  # they end with the run
+            self.settings["steps"] = self.steps
         self.step = 0
         self.seconds = 0.0
         self.log = []
@@ -733,13 +1096,13 @@ class Run:
             for name in (signal.SIGINT, signal.SIGTERM):
                 handlers[name] = signal.signal(name, self.on_signal)
         self.say(f"{self.images[0]:,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}")
-        self.bar = progress_bar(args, args.steps, "train", "step", initial=self.step)
-        every = min(100, max(10, args.steps // 20))  # steps between rows of the log
+        self.bar = progress_bar(args, self.steps, "train", "step", initial=self.step)
+        every = min(100, max(10, self.steps // 20))  # steps between rows of the log
         start = time.perf_counter() - self.seconds
         saved = self.row_seconds = self.seconds
         stopped = False
         try:
-            while self.step < args.steps and not stopped:
+            while self.step < self.steps and not stopped:
                 self.step += 1
                 yield self.step
                 self.seconds = time.perf_counter() - start
@@ -760,7 +1123,7 @@ class Run:
             if args.world > 1:
                 dist.destroy_process_group()
         self.say(f"{args.ckpt}: step {self.step}, {self.seconds:.0f} s of training")
-        if self.step < args.steps:
+        if self.step < self.steps:
             raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
 
     def on_signal(self, *_):
@@ -928,13 +1291,13 @@ def add_options(p):
     """All options but --mode and --fast."""
     positive = number(int, 1)
     share = number(float, 0, 1)
-    own = f"checkpoints/{NAME}.pt, else .weights/{NAME}.pt beside the script"
+    own = f"checkpoints/{NAME}.pt or {NAME}_REPORT.pt, else in .weights/ beside the script"
     add(p, "--data", None, "the course's layout or a torchvision root", "built-in digits", metavar="DIR")
     add(p, "--input", "samples", "eval: folder of images", metavar="DIR")
     add(p, "--out", None, "where results go: a folder; eval: a JSON file", metavar="PATH")
     add(p, "--ckpt", None, "checkpoint to write or read, its log.csv beside it", own, metavar="FILE")
     add(p, "--classifier", None, "eval: weights in the course's format", "trained if missing", metavar="FILE")
-    add(p, "--num", 100, "sample: images of each digit", type=positive)
+    add(p, "--num", 100, "images of each digit; grid: of each guidance weight", type=positive)
     add(p, "--note", "", "export: what the file says of itself, such as its figures", "none", metavar="TEXT")
     add(p, "--seed", 0, "random seed of training and of the samples", type=number(int, 0, 2**63 - 1))
     add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
@@ -942,24 +1305,35 @@ def add_options(p):
     add(p, "--precision", "auto", "auto: bf16 autocast where the hardware is fast at it", choices=precisions)
 
     g = p.add_argument_group("training")
-    text = "steps in all; with --resume a larger number prolongs the run"
+    text = "steps in all; with --resume a larger number prolongs the run, unless the rate ends at 0"
     add(g, "--steps", 10000, text, type=positive)
+    add(g, "--epochs", None, "passes over the images, instead of --steps", "none", type=positive)
     g.add_argument("--resume", action="store_true", help="go on from --ckpt exactly")
     add(g, "--batch-size", 64, "images per step; sample: images at a time", type=positive)
-    add(g, "--lr", 1e-3, "peak learning rate of AdamW", type=number(float, 0))
+    add(g, "--optimizer", "adamw", "AdamW or Adam", choices=("adamw", "adam"))
+    add(g, "--lr", 1e-3, "peak learning rate", type=number(float, 0))
+    add(g, "--betas", [0.9, 0.99], "of the optimiser", type=share, nargs=2, metavar="B")
+    add(g, "--weight-decay", 0.0, "of the optimiser", type=number(float, 0))
+    schedules = ("sqrt", "constant", "linear", "cosine")
+    add(g, "--lr-schedule", "sqrt", "how the rate falls; linear and cosine end at 0", choices=schedules)
+    add(g, "--clip", 1.0, "largest norm of the gradient, or inf", type=float)
+    add(g, "--ema", None, "decay of the averaged weights", "the last tenth of training", type=share)
     add(g, "--label-dropout", 0.1, "share of labels replaced by the null class", type=share)
     add(g, "--gamma", 5.0, "min-SNR weighting; 0 switches it off", type=number(float, 0))
     add(g, "--prediction", "v", "what the network predicts", choices=("v", "eps"))
     add(g, "--schedule", "cosine", "noise schedule", choices=("cosine", "linear"))
+    add(g, "--beta-end", 0.02, "last beta of the linear schedule", type=number(float, 1e-4, 0.999))
     add(g, "--T", 400, "number of diffusion steps", type=number(int, 2))
+    text = "diffusion steps of a batch: evenly spread, or each drawn for itself"
+    add(g, "--t-sampling", "stratified", text, choices=("stratified", "uniform"))
 
     g = p.add_argument_group("network of train (elsewhere the checkpoint says it)")
-    add(g, "--arch", "unet", "unet, or the ContextUnet of the 2023 report", choices=("unet", "context"))
+    add(g, "--arch", "unet", "unet, or a report's; context is 2023's", choices=("unet", *REPORT_NETWORKS))
     text = "unet: width at each resolution, multiples of 32"
     add(g, "--channels", [64, 128], text, type=number(int, 32), nargs="+", metavar="C")
     add(g, "--blocks", 1, "unet: residual blocks per resolution", type=positive)
     add(g, "--patch", 2, "unet: pixels folded into channels at the entrance", type=int, choices=(1, 2, 4))
-    add(g, "--dropout", 0.0, "unet: dropout in the residual blocks", type=share)
+    add(g, "--dropout", 0.0, "unet, 2022b: dropout in the residual blocks", type=share)
     add(g, "--width", 216, "context: number of features, a multiple of 8", type=number(int, 8))
 
     g = p.add_argument_group("sampling")
@@ -967,16 +1341,51 @@ def add_options(p):
     add(g, "--sampler", "dpm++", "DPM-Solver++(2M), DDIM, or DDPM over all T steps", choices=samplers)
     add(g, "--sample-steps", 8, "network calls of dpm++ and ddim", type=positive)
     add(g, "--eta", 0.0, "ddim: 0 deterministic, 1 as noisy as ddpm", type=share)
+    add(g, "--variance", "posterior", "ddpm: variance of the noise", choices=("posterior", "beta"))
+    text = "keep the predicted image in [-1, 1]"
+    g.add_argument("--clamp", action=argparse.BooleanOptionalAction, default=True, help=text)
     add(g, "--guidance", 1.5, "w of (1 + w) out(x, y) - w out(x, null); 0: none", type=number(float, 0))
+    text = "grid: after which sampler steps the reverse process is shown"
+    add(g, "--states", None, text, "six, evenly", type=number(int, 0), nargs="+", metavar="STEP")
 
 
 # what a mode changes in the defaults, and --fast in those of training
 DEFAULTS = {
     "sample": {"out": "samples", "batch_size": 100},
-    "grid": {"out": "p2_figures"},
+    "grid": {"out": "p2_figures", "num": 10},
     "export": {"out": ".weights"},
 }
 FAST = {"steps": 1600, "batch_size": 32}
+
+
+def set_report(parser, report):
+    """Makes the settings of a report the parser's defaults."""
+    if report not in REPORTS:
+        fail(f"--report {report}: expected one of {', '.join(REPORTS)}; 2021 has no diffusion model")
+    preset = EVERY_REPORT | REPORTS[report]
+    parser.set_defaults(**{"steps": None, **preset})
+
+
+def check_network(args, parser):
+    """Raises ValueError where options contradict the network, or a report's preset."""
+    used = {"unet": {"channels", "blocks", "patch", "dropout"}, "2022b": {"dropout"}, "context": {"width"}}
+    of_network = {"channels", "blocks", "patch", "dropout", "width"}
+    if args.report and args.arch != parser.get_default("arch"):
+        fail(f"--arch {args.arch}: contradicts --report {args.report}, whose network is another")
+    for name in sorted(of_network - used.get(args.arch, set())):
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            fail(f"--{name} {value}: the network {args.arch} has no such setting")
+    if args.arch == "2022a" and args.label_dropout > 0:
+        fail(f"--label-dropout {args.label_dropout}: the network 2022a has no null class; use 0")
+    halvings = len(args.channels) - 1
+    if any(c % 32 for c in args.channels) or SIZE // args.patch % 2**halvings:
+        expected = f"multiples of 32, and that {SIZE // args.patch} can be halved {halvings} times"
+        fail(f"--channels {args.channels} with --patch {args.patch}: expected {expected}")
+    if args.width % 8:
+        fail(f"--width {args.width}: expected a multiple of 8")
+    if not args.clip > 0:
+        fail(f"--clip {args.clip}: expected a number above 0, or inf")
 
 
 def parse_args(argv=None):
@@ -986,6 +1395,8 @@ def parse_args(argv=None):
     first.error = fail
     add(first, "--mode", "train", "what to do", choices=tuple(MODES))
     first.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes of training")
+    text = f"preset: network, training and sampler of a report, one of {', '.join(REPORTS)} (see REPORTS)"
+    add(first, "--report", None, text, "ours", metavar="NAME")
     preset, _ = first.parse_known_args(argv)
     style = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(
@@ -993,21 +1404,23 @@ def parse_args(argv=None):
     )
     p.error = fail
     add_options(p)
+    if preset.report:
+        set_report(p, preset.report)
     p.set_defaults(**DEFAULTS.get(preset.mode, {}))
     if preset.fast and preset.mode == "train":
-        p.set_defaults(**FAST)
+        p.set_defaults(**FAST, epochs=None)
     args = p.parse_args(argv)
     args.command = shlex.join(["python", f"{NAME}.py", *argv])
 
-    halvings = len(args.channels) - 1
-    if any(c % 32 for c in args.channels) or SIZE // args.patch % 2**halvings:
-        expected = f"multiples of 32, and that {SIZE // args.patch} can be halved {halvings} times"
-        fail(f"--channels {args.channels} with --patch {args.patch}: expected {expected}")
-    if args.width % 8:
-        fail(f"--width {args.width}: expected a multiple of 8")
+    check_network(args, p)
+    if args.epochs and args.epochs != p.get_default("epochs"):
+        if args.steps != p.get_default("steps"):
+            fail(f"--epochs {args.epochs} and --steps {args.steps}: expected one of them")
+        args.steps = None
     if args.eta > 0 and args.sampler != "ddim":
         fail(f"--eta {args.eta} with --sampler {args.sampler}: eta is DDIM's; pass --sampler ddim")
-    args.ckpt = args.ckpt or find_ckpt(NAME, args.mode)
+    name = f"{NAME}_{args.report}" if args.report else NAME
+    args.ckpt = args.ckpt or find_ckpt(name, args.mode)
     args.rank = 0
     args.world = 1
     if dist.is_torchelastic_launched():  # left-over variables of another launcher do not count
