@@ -722,6 +722,13 @@ def grid(args):
     print(f"{out}: {', '.join(sorted(os.listdir(out)))}")
 
 
+# ---------------- the reports ----------------
+
+# Report 2023 samples with the course's network, `UNet()`, whose weights UNet.pt come from the course.
+REPORTS = {"2023": {"sampler": "ddim", "sample_steps": 50, "size": 256}}
+REPORT_ETA = {"2023": [i / 10 for i in range(10)]}  # rows of its eta grid; another has 0.5 twice
+
+
 # ---------------- service: files, checkpoints, command line ----------------
 
 NAME = "p3_ddim"
@@ -1229,6 +1236,8 @@ def parse_args(argv=None):
     first.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes of training")
     text = "DDIM, DPM-Solver++(2M), or DDPM over all 1000 steps"
     add(first, "--sampler", "ddim", text, choices=SAMPLERS)
+    text = "preset: sampler and eta grid of a report; only 2023 has this problem"
+    add(first, "--report", None, text, "ours", choices=tuple(REPORTS))
     preset, _ = first.parse_known_args(argv)
     style = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(
@@ -1241,6 +1250,12 @@ def parse_args(argv=None):
         p.set_defaults(**FAST)
     if preset.sampler == "dpm++":
         p.set_defaults(**DPM)
+    if preset.report:
+        if preset.mode == "train":
+            fail(f"--report {preset.report}: it trains nothing; it samples with the course's --ckpt UNet.pt")
+        p.set_defaults(**REPORTS[preset.report])
+        if preset.mode == "eta-grid":
+            p.set_defaults(eta=REPORT_ETA[preset.report])
     args = p.parse_args(argv)
     args.command = shlex.join(["python", f"{NAME}.py", *argv])
 
