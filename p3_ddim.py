@@ -725,7 +725,7 @@ def grid(args):
 # ---------------- the reports ----------------
 
 # Report 2023 samples with the course's network, `UNet()`, whose weights UNet.pt come from the course.
-REPORTS = {"2023": {"sampler": "ddim", "sample_steps": 50, "size": 256}}
+REPORTS = {"2023": {"sampler": "ddim", "sample_steps": 50}}
 REPORT_ETA = {"2023": [i / 10 for i in range(10)]}  # rows of its eta grid; another has 0.5 twice
 
 
