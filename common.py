@@ -890,13 +890,58 @@ def save_scatter(path, points, groups, names, title):
         axes.legend(markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
-PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>Report</title>
-<meta name="viewport" content="width=device-width,initial-scale=1"><style>
-body{max-width:62rem;margin:0 auto;padding:1rem;font:16px/1.5 sans-serif;overflow-wrap:break-word}
-img{max-width:100%;height:auto} .wide,pre{overflow-x:auto} table{border-collapse:collapse;margin:1rem 0}
-td{border:1px solid #ccc;padding:.3rem .6rem} tr:first-child{font-weight:bold} p{white-space:pre-line}
-</style><body><h1>Four problems of deep generative vision</h1><p>$notes</p>$body</body></html>
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Four problems of deep generative vision</title>
+<style>
+:root { color-scheme: light dark; --page: #f7f6f3; --card: #fff; --text: #1d1c1a; --soft: #67635b;
+  --line: #dedad2; --mark: #2f5bb7; --good: #1d7a45; --bad: #b3361f }
+@media (prefers-color-scheme: dark) { :root { --page: #16171a; --card: #202226; --text: #e9e7e2;
+  --soft: #a3a098; --line: #363940; --mark: #8fb0f5; --good: #6cc793; --bad: #f08a74 } }
+* { box-sizing: border-box }
+body { max-width: 72rem; margin: 0 auto; padding: 2rem 1.2rem 4rem;
+  background: var(--page); color: var(--text); font: 16px/1.55 system-ui, sans-serif;
+  overflow-wrap: anywhere }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem }
+h2 { font-size: 1.35rem; margin: 3rem 0 .3rem; border-top: 1px solid var(--line); padding-top: 1.2rem }
+.notes, section > p, figcaption, .card small { color: var(--soft) }
+.notes { white-space: pre-line; margin: 0; font-size: .9rem }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr));
+  gap: 1rem; margin-top: 1.5rem }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: 1rem 1.1rem;
+  color: inherit; text-decoration: none }
+.card span { font-weight: 600; color: var(--mark) }
+.card b { display: block; font-size: 2rem; line-height: 1.3; font-variant-numeric: tabular-nums }
+.card small { display: block; line-height: 1.4 }
+.figures { columns: 2 22rem; column-gap: 1.2rem; margin-top: 1rem }
+figure { margin: 0 0 1.2rem; overflow: hidden; break-inside: avoid;
+  background: var(--card); border: 1px solid var(--line); border-radius: .7rem }
+figure img { display: block; width: 100%; height: auto; background: #fff }
+figcaption { padding: .6rem .9rem .8rem; font-size: .9rem }
+.scroll, pre { overflow-x: auto }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .92rem; font-variant-numeric: tabular-nums }
+td { border-bottom: 1px solid var(--line); padding: .35rem 1rem .35rem 0; vertical-align: top }
+td + td { overflow-wrap: normal }
+tr:first-child td { color: var(--soft); font-size: .82rem }
+.pass { color: var(--good); font-weight: 600 } .fail { color: var(--bad); font-weight: 600 }
+details { margin-top: .8rem } summary { cursor: pointer; color: var(--mark) } pre { font-size: .8rem }
+@media print { body { background: none; max-width: none; padding: 0 } figure, .card { break-inside: avoid }
+  .figures { columns: 2 } }
+</style>
+</head>
+<body>
+<h1>Four problems of deep generative vision</h1>
+<p class="notes">$notes</p>
+<div class="cards">$cards</div>
+$sections
+<section><h2>Commands</h2>$commands</section>
+</body>
+</html>
 """)
+TITLES = {"p1": "GANs", "p2": "Conditional diffusion", "p3": "DDIM", "p4": "Domain adaptation"}
 LABELS = {"is": "inception score", "accuracy": "digit accuracy", "diversity": "diversity"}
 LABELS |= {"face_rate": "face rate", "mse": "mean squared error", "largest": "largest mean squared error"}
 # problem or method, label: the better of two, the course's bar, best of the reports
@@ -912,41 +957,61 @@ BARS = {
     "dann svhn-mnistm": (max, 0.42, "0.516"),
     "dann usps-svhn": (max, 0.28, "0.342"),
 }
-TITLES = {"p1": "GANs", "p2": "Conditional diffusion", "p3": "DDIM", "p4": "Domain adaptation"}
-CAPTIONS = {"compare": "first 32 images, A (left) and B (right)", "digits": "rows digits, columns noises"}
+# what a figure shows; the first part of its name that is found here counts
+CAPTIONS = {
+    "compare": "The first 32 faces of A (left) and B (right). Look at eyes, hair and background.",
+    "_digit": "Features by digit. Ten clusters are wanted.",
+    "_domain": "The same features by domain. Both colours should lie on each other.",
+    "digits": "Rows are digits, columns noises. A row should hold one digit in ten handwritings.",
+    "reverse": "From noise to a digit: where can you read it first?",
+    "guidance": "A larger w makes digits clearer, and more alike.",
+    "first": "The first images, one for each noise.",
+    "eta_grid": "Rows are eta, columns noises. At eta 0 a noise has one face; added noise changes it.",
+    "interpolation": "Between two noises. With lerp (below slerp) the noise in the middle is too short.",
+    "training": "What was logged in training.",
+}
 
 
-def score_rows(path, bars):
-    """Rows of a result file: [what, value, number of images or networks, bar, best of reports, verdict]."""
+def read_scores(path):
+    """[(problem, key in BARS, label, whose, value, number of images or networks)] of a result file."""
     result = json.loads(path.read_text(encoding="utf-8"))
     labels = LABELS | {"distance": result.get("name", "FID")}
     if labels["distance"] != "FID":
         del labels["is"]  # random weights have no classes
-    figures = []  # (problem or method, label, whose, value, n)
+    scores = []
     for key, value in result.items():
         if path.name == "table.json":  # of p4: key is a method
+            report = path.parent.name.removeprefix("p4_table").replace("_", " ")
             for scenario, runs in value.items():
                 share = np.mean([run["accuracy"] for run in runs])
-                figures.append((key[:4], scenario, key, share, len(runs)))
+                scores.append(("p4", key[:4], scenario, key + report, share, len(runs)))
         elif key in labels:
             value = np.ravel(value)[0]  # of mean and deviation the mean
-            figures.append((path.stem[:2], labels[key], path.stem[3:], value, result.get("n", "")))
-    rows = []
-    for problem, label, whose, value, n in figures:
+            problem, whose = path.stem[:2], path.stem[3:]
+            scores.append((problem, problem, labels[key], whose, value, result.get("n", "")))
+    return [(*score[:4], float(score[4]), score[5]) for score in scores]
+
+
+def score_table(scores, bars):
+    """Rows [what, value, number of images or networks, bar, best of the reports, verdict]."""
+    rows = [("", "here", "N", "course's bar", "best of the reports", "")]
+    for _, problem, label, whose, value, n in scores:
         better, bar, best = bars.get(f"{problem} {label}", (max, "", ""))
         verdict = ""
         if bar != "":
             verdict = "pass" if better(value, bar) == value else "fail"
-        rows.append([f"{label}, {whose}", f"{value:.4g}", n, bar, best, verdict])
+        rows.append((f"{label}, {whose}", f"{value:.4g}", n, bar, best, verdict))
     return rows
 
 
 def figure(path):
     """A PNG or a text as HTML; ValueError where it is damaged."""
-    caption = html.escape(f"{TITLES[path.parent.name[:2]]}: {CAPTIONS.get(path.stem, path.stem)}")
+    _, _, report = path.parent.name.partition("_figures")
+    caption = next((text for part, text in CAPTIONS.items() if part in path.stem), path.stem)
+    caption = html.escape(f"{caption} {report.replace('_', ' ')}".strip())
     if path.suffix == ".txt":
         text = html.escape(path.read_text(encoding="utf-8", errors="backslashreplace"))
-        return f"<details><summary>{caption}</summary><pre>{text}</pre></details>"
+        return f"<details><summary>{html.escape(path.stem)}</summary><pre>{text}</pre></details>"
     read_image(path)
     data = base64.b64encode(path.read_bytes()).decode()
     image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
@@ -955,49 +1020,94 @@ def figure(path):
 
 def html_table(rows):
     """A table of texts that scrolls by itself; the first row is the header."""
-    lines = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
-    return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+    body = ""
+    for row in rows:
+        cells = [html.escape(str(cell)) for cell in row]
+        marks = [f' class="{cell}"' if cell in ("pass", "fail") else "" for cell in cells]
+        body += "<tr>" + "".join(f"<td{mark}>{cell}</td>" for mark, cell in zip(marks, cells)) + "</tr>\n"
+    return f'<div class="scroll"><table>{body}</table></div>'
 
 
-def write_report(out, built_in=False):
-    """Writes OUT/report.html of what run_all.sh left in OUT; built_in: without bars. Names damaged files."""
+def card(problem, scores, bars):
+    """The head's link to a problem, with its best figure that has a bar, or else its first."""
+    own = [score for score in scores if score[0] == problem and "target" not in score[3]]
+    ours = [score for score in own if " " not in score[3] and "report" not in score[3]] or own
+    known = [score for score in ours if f"{score[1]} {score[2]}" in bars] or ours
+    if not known:
+        return f'<a class="card" href="#{problem}"><span>{TITLES[problem]}</span></a>'
+    label = known[0][2]
+    better, bar, best = bars.get(f"{known[0][1]} {label}", (max, "", ""))
+    value = better(score[4] for score in known if score[2] == label)
+    text = f"{label}, the course's bar {bar}, the reports' best {best}" if bar != "" else label
+    return (
+        f'<a class="card" href="#{problem}"><span>{TITLES[problem]}</span>'
+        f"<b>{value:.4g}</b><small>{html.escape(text)}</small></a>"
+    )
+
+
+def read_commands(path, damaged):
+    """Rows [command, seconds of all its calls together] of run_all.sh's commands.tsv."""
+    seconds = {"command": "seconds"}
+    lines = path.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
+    for number, line in enumerate(lines, 1):
+        time, _, command = line.replace(" --resume", "").partition("\t")
+        if time.isdecimal() and command:
+            seconds[command] = seconds.get(command, 0) + int(time)
+        else:
+            damaged.append(f"line {number} of {path.name}")
+    return seconds.items()
+
+
+def write_report(out, built_in=()):
+    """Writes OUT/report.html of what run_all.sh left in OUT. Names damaged files, and leaves them out.
+
+    built_in: the problems ("p1", ...) whose figures are of the built-in data; they have no bars.
+    """
     out = Path(out)
     if not out.is_dir():
         raise ValueError(f"{out}: no such folder; expected the OUT of run_all.sh")
-    bars = {} if built_in else BARS
-    scores = [("", "here", "N", "course's bar", "best of the reports", "")]
-    figures = []
+    scores = []
+    figures = {problem: [] for problem in TITLES}
     damaged = []
-    results = [*sorted(out.glob("p[1-3]_*.json")), *out.glob("p4_table/table.json")]
-    for path in results + sorted(out.glob("p[1-4]_figures/[!.]*")):
+    results = [*sorted(out.glob("p[1-3]_*.json")), *sorted(out.glob("p4_table*/table.json"))]
+    for path in results + sorted(out.glob("p[1-4]_figures*/[!.]*")):
         try:
             if path.suffix == ".json":
-                scores += score_rows(path, bars)
+                scores += read_scores(path)
             elif path.suffix in (".png", ".txt"):
-                figures.append(figure(path))
+                figures[path.parent.name[:2]].append(figure(path))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             damaged.append(path.name)
-    seconds = {"command": "seconds"}  # all calls of a command together, interrupted ones as well
-    for path in out.glob("commands.tsv"):
-        lines = path.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
-        for number, line in enumerate(lines, 1):
-            time, _, command = line.replace(" --resume", "").partition("\t")
-            if time.isdecimal() and command:
-                seconds[command] = seconds.get(command, 0) + int(time)
-            else:
-                damaged.append(f"line {number} of commands.tsv")
+    commands = ""
+    if (out / "commands.tsv").is_file():
+        commands = html_table(read_commands(out / "commands.tsv", damaged))
+
+    cards = ""
+    sections = ""
+    for problem, title in TITLES.items():
+        bars = {} if problem in built_in else BARS
+        own = [score for score in scores if score[0] == problem]
+        pictures = [text for text in figures[problem] if text.startswith("<figure")]
+        texts = [text for text in figures[problem] if not text.startswith("<figure")]
+        if not own + figures[problem]:
+            continue
+        cards += card(problem, scores, bars)
+        sections += f'<section id="{problem}"><h2>{title}</h2>\n'
+        if problem in built_in:
+            sections += "<p>Made with the built-in data: for trying things out, no results.</p>\n"
+        if own:
+            sections += html_table(score_table(own, bars))
+        sections += f'<div class="figures">{"".join(pictures)}</div>{"".join(texts)}</section>\n'
+
     notes = [f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"]
     if torch.cuda.is_available():
         notes.append(torch.cuda.get_device_name())
-    if built_in:
-        notes.append("Made with the built-in data: for trying things out, no results.")
     if damaged:
         notes.append(f"Left out, because damaged: {', '.join(damaged)}")
         print(f"note: {out}: {notes[-1]}", file=sys.stderr)
     notes = html.escape("\n".join(notes))
-    body = html_table(scores) + "".join(figures) + html_table(seconds.items())
-    page = PAGE.substitute(notes=notes, body=body).encode("utf-8", "backslashreplace")
-    write_whole(out / "report.html", lambda file: file.write(page))
+    page = PAGE.substitute(notes=notes, cards=cards, sections=sections, commands=commands)
+    write_whole(out / "report.html", lambda file: file.write(page.encode("utf-8", "backslashreplace")))
     print(out / "report.html")
 
 
@@ -1023,7 +1133,8 @@ def parse_args(argv=None):
     d.add_argument("--from", dest="source", metavar="DIR", help="the original files (default: downloaded)")
     r = commands.add_parser("report", help="write OUT/report.html", allow_abbrev=False)
     r.add_argument("out", help="run_all.sh's OUT")
-    r.add_argument("--built-in", action="store_true", help="of the built-in data, which have no bars")
+    text = "problems with built-in data, which have no bars"
+    r.add_argument("--built-in", nargs="+", choices=tuple(TITLES), default=(), help=text)
     return p.parse_args(argv)
 
 

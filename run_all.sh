@@ -61,7 +61,8 @@ except (ValueError, OSError) as e:
     raise SystemExit(2)
 PYTHON
 }
-data=(); built_in=(--built-in); faces=yes
+data=(); built_in=(--built-in p4); faces=yes
+if [ -n "$train" ]; then built_in=(--built-in p1 p2 p3 p4); fi
 if [ -n "$in" ]; then
   data=(--data "$in"); built_in=()
   digits $(for problem in "${problems[@]}"; do domains_of "$problem"; done)
