@@ -44,9 +44,9 @@ DIGITS = 10
 # ---------------- networks ----------------
 
 
-def up(c_in, c_out, stride=2, padding=1):
+def up(c_in, c_out, stride=2, padding=1, bias=False):
     """Doubles height and width; with stride 1 and padding 0 it goes from 1x1 to 4x4."""
-    conv = nn.ConvTranspose2d(c_in, c_out, 4, stride, padding, bias=False)
+    conv = nn.ConvTranspose2d(c_in, c_out, 4, stride, padding, bias=bias)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU())
 
 
@@ -58,14 +58,14 @@ def refine(c):
 class Generator(nn.Module):
     """DCGAN's generator, 3,576,704 parameters: z (B, 100) -> (B, 3, 64, 64) in [-1, 1]; y is unused."""
 
-    def __init__(self):
+    def __init__(self, z_dim=Z, bias=False):
         super().__init__()
         self.main = nn.Sequential(
-            up(Z, 512, 1, 0),  # (B, 512, 4, 4)
-            up(512, 256),  # (B, 256, 8, 8)
-            up(256, 128),  # (B, 128, 16, 16)
-            up(128, 64),  # (B, 64, 32, 32)
-            nn.ConvTranspose2d(64, 3, 4, 2, 1, bias=False),  # (B, 3, 64, 64)
+            up(z_dim, 512, 1, 0, bias),  # (B, 512, 4, 4)
+            up(512, 256, bias=bias),  # (B, 256, 8, 8)
+            up(256, 128, bias=bias),  # (B, 128, 16, 16)
+            up(128, 64, bias=bias),  # (B, 64, 32, 32)
+            nn.ConvTranspose2d(64, 3, 4, 2, 1, bias=bias),  # (B, 3, 64, 64)
         )
         self.register_buffer("gain", torch.ones(()))  # recalibrate() sets that of the averaged generator
 
@@ -99,17 +99,17 @@ def down(conv, batch_norm):
 
 
 class Discriminator(nn.Module):
-    """DCGAN's discriminator: (B, 3, 64, 64) -> logits (B,), None.
+    """DCGAN's discriminator: (B, 3, 64, 64) -> logits (B,), digit logits (B, digits).
 
     norm: batch (2,765,568 parameters), none (WGAN-GP's critic, 2,763,776), or spectral: spectral norm
     beside BatchNorm. Without BatchNorm it learns too slowly to teach G in 64 epochs.
     """
 
-    def __init__(self, norm):
+    def __init__(self, norm, bias=False, digits=0):
         super().__init__()
 
         def conv(c_in, c_out, stride=2, padding=1):
-            layer = nn.Conv2d(c_in, c_out, 4, stride, padding, bias=False)
+            layer = nn.Conv2d(c_in, c_out, 4, stride, padding, bias=bias)
             return spectral_norm(layer) if norm == "spectral" else layer
 
         self.main = nn.Sequential(
@@ -117,12 +117,13 @@ class Discriminator(nn.Module):
             down(conv(64, 128), norm != "none"),  # (B, 128, 16, 16)
             down(conv(128, 256), norm != "none"),  # (B, 256, 8, 8)
             down(conv(256, 512), norm != "none"),  # (B, 512, 4, 4)
-            conv(512, 1, 1, 0),
-            nn.Flatten(0),  # (B,)
+            conv(512, 1 + digits, 1, 0),
+            nn.Flatten(),  # (B, 1 + digits)
         )
 
     def forward(self, x):
-        return self.main(x).float(), None
+        h = self.main(x).float()
+        return h[:, 0], h[:, 1:]
 
 
 class DigitDiscriminator(nn.Module):
@@ -157,8 +158,10 @@ def dcgan_init(module):
 
 
 def build(args):
-    """(generator, discriminator) of args.method, on args.device."""
-    if args.method == "acgan":
+    """(generator, discriminator) of args.method and args.report, on args.device."""
+    if args.report == "2021":
+        g, d = networks_2021(args.method)
+    elif args.method == "acgan":
         g = DigitGenerator()
         d = DigitDiscriminator()
     else:
@@ -174,19 +177,19 @@ def build(args):
 # ---------------- losses and augmentation ----------------
 
 
-def d_loss(method, real, fake, smoothing=0.0):
-    """D's loss on logits (B,) of real and generated images; smoothing: dcgan's real label is 1 - this."""
-    if method == "dcgan":  # binary cross-entropy
-        loss = F.binary_cross_entropy_with_logits(real, torch.full_like(real, 1 - smoothing))
-        return loss + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))
-    if method == "wgangp":  # minus the estimate of the Wasserstein distance
+def d_loss(loss, real, fake, smoothing=0.0):
+    """D's loss on logits (B,) of real and generated images; smoothing: the real label is 1 - this."""
+    if loss == "bce":  # binary cross-entropy
+        of_real = F.binary_cross_entropy_with_logits(real, torch.full_like(real, 1 - smoothing))
+        return of_real + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))
+    if loss == "wasserstein":  # minus the estimate of the distance
         return fake.mean() - real.mean()
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()  # hinge, 1705.02894
 
 
-def g_loss(method, fake):
-    """G's loss on logits (B,): minus their mean; dcgan: the non-saturating - log D(G(z))."""
-    return F.softplus(-fake).mean() if method == "dcgan" else -fake.mean()
+def g_loss(loss, fake):
+    """G's loss on logits (B,): minus their mean; bce: the non-saturating - log D(G(z))."""
+    return F.softplus(-fake).mean() if loss == "bce" else -fake.mean()
 
 
 def gradient_penalty(critic, real, fake):
@@ -228,6 +231,8 @@ def d_step(args, g, d, optim, images, labels, progress):
     i = torch.randint(len(images), (args.batch_size // args.world,), device=args.device)
     real = images[i].float() / 127.5 - 1
     y = labels[i] if args.method == "acgan" else None
+    if args.report == "2021" and args.method == "acgan":
+        real = F.interpolate(real, 64, mode="bilinear")
     if args.flip:
         mirrored = torch.rand(len(real), 1, 1, 1, device=args.device) < 0.5
         real = torch.where(mirrored, real.flip(3), real)
@@ -235,14 +240,16 @@ def d_step(args, g, d, optim, images, labels, progress):
         with torch.no_grad():
             fake = g(torch.randn(len(real), Z, device=args.device), y).float()
         real_logits, digits = d(shown(args, real, progress))
-        fake_logits, _ = d(shown(args, fake, progress))
-        loss = d_loss(args.method, real_logits, fake_logits, args.label_smoothing)
-        if args.method == "acgan":  # and read the real digits; 1610.09585 has generated ones too
+        fake_logits, fake_digits = d(shown(args, fake, progress))
+        loss = d_loss(args.loss, real_logits, fake_logits, args.label_smoothing)
+        if args.method == "acgan":  # and read the real digits
             loss = loss + F.cross_entropy(digits, y)
+        if args.method == "acgan" and args.report:  # and generated ones, as 1610.09585
+            loss = loss + F.cross_entropy(fake_digits, y)
     if args.method == "wgangp":  # weight 10, as in 1704.00028
         loss = loss + 10 * gradient_penalty(lambda x: d(x)[0], real, fake)
     norm = update(args, d, optim, loss)
-    if args.method == "dcgan":  # the log shows probabilities
+    if args.loss == "bce":  # the log shows probabilities
         real_logits = real_logits.sigmoid()
         fake_logits = fake_logits.sigmoid()
     return dict(d_loss=loss, d_real=real_logits.mean(), d_fake=fake_logits.mean(), d_gradient=norm)
@@ -255,9 +262,10 @@ def g_step(args, g, d, optim, progress):
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16), parametrize.cached():
         fake = g(torch.randn(b, Z, device=args.device), y).float()
         logits, digits = d(shown(args, fake, progress))
-        loss = g_loss(args.method, logits)
+        loss = g_loss(args.loss, logits)
         if args.method == "acgan":  # a large weight from the start makes digits of a class alike
-            loss = loss + (1 + 29 * progress**3) * F.cross_entropy(digits, y)
+            weight = 1 + (args.digit_weight - 1) * progress**3
+            loss = loss + weight * F.cross_entropy(digits, y)
     norm = update(args, g, optim, loss)
     return dict(g_loss=loss, g_gradient=norm)
 
@@ -273,9 +281,11 @@ def update(args, net, optim, loss):
 
 
 def rate(decay, progress):
-    """Factor of the learning rates: none, linear to 0, or step: halved at 50 and at 75 %."""
-    passed = [share for share in (0.5, 0.75) if share <= progress]
-    return {"none": 1.0, "linear": 1 - progress, "step": 0.5 ** len(passed)}[decay]
+    """Factor of the learning rates: linear to 0, step: halved at 50 and 75 %, thirds: at 1/3 and 2/3."""
+    if decay == "linear":
+        return 1 - progress
+    halvings = {"step": (0.5, 0.75), "thirds": (1 / 3, 2 / 3)}.get(decay, ())
+    return 0.5 ** len([share for share in halvings if share <= progress])
 
 
 @torch.no_grad()
@@ -327,7 +337,7 @@ def recalibrate(args, ema, spread):
 
 
 def train(args, images, labels=None):
-    """Trains for args.steps updates of D, writes args.ckpt, returns the EMA generator in eval mode.
+    """Trains for args.steps updates of D, or args.epochs, writes args.ckpt, returns the EMA generator.
 
     images: uint8 (N, 3, 64, 64) faces, or for acgan (N, 3, 28, 28) digits with labels, int64 (N,) in 0..9.
     args: parse_args([...]). Every 500 steps a picture of fixed noises goes beside the checkpoint.
@@ -349,7 +359,7 @@ def train(args, images, labels=None):
         labels = labels.to(args.device)
     losses = dict.fromkeys(COLUMNS, torch.zeros((), device=args.device))
     for step in run:
-        progress = (step - 1) / args.steps
+        progress = (step - 1) / run.steps
         optim_g.param_groups[0]["lr"] = args.lr * rate(args.decay, progress)
         optim_d.param_groups[0]["lr"] = args.lr_d * rate(args.decay, progress)
         losses.update(d_step(args, g, d, optim_d, images, labels, progress))
@@ -395,7 +405,10 @@ def generate(model, settings, z, digits=None):
     check_latents(settings.method, z, digits)
     device = next(model.parameters()).device
     y = None if digits is None else torch.as_tensor(digits, device=device)
-    return to_uint8(model(z.to(device, torch.float32), y))
+    x = model(z.to(device, torch.float32), y)
+    if settings.method == "acgan" and x.shape[2] > 28:  # 2021's have 64x64 pixels; the grader wants 28x28
+        x = F.interpolate(x, 28, mode="bilinear", antialias=True)
+    return to_uint8(x)
 
 
 # ---------------- evaluate and plots ----------------
@@ -522,13 +535,69 @@ def grid(args):
     print(f"{out}: {', '.join(sorted(os.listdir(out)))}")
 
 
+# ---------------- the reports ----------------
+
+
+class DigitGenerator2021(Generator):
+    """ACGAN's generator of report 2021, 3,741,727 parameters: z (B, 100), y (B,) -> (B, 3, 64, 64)."""
+
+    def __init__(self):
+        super().__init__(Z + 20, bias=True)
+        self.label = nn.Linear(DIGITS, 20)
+
+    def forward(self, z, y):
+        label = self.label(F.one_hot(y, DIGITS).to(z.dtype))
+        return super().forward(torch.cat([z, label], 1))
+
+
+def networks_2021(method):
+    """(generator, discriminator): DCGAN with biases (3,577,667 and 2,766,529 parameters), or the ACGAN of
+    the same shape, whose discriminator (2,848,459) reads the digit too.
+    """
+    if method == "acgan":
+        g = DigitGenerator2021()
+        d = Discriminator("batch", bias=True, digits=DIGITS)
+    else:
+        g = Generator(bias=True)
+        d = Discriminator("batch", bias=True)
+    return g.apply(dcgan_init), d.apply(dcgan_init)
+
+
+# What four teams did differently from PRESETS. (p): the report does not say, the paper does. (o): neither
+# says; ours. Method A of all reports is dcgan.
+# fmt: off
+REPORTS = {
+    "2021": {
+        "dcgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.9, g_updates=2, decay="thirds", epochs=120),
+        "acgan": dict(lr=1e-4, lr_d=1e-4, beta1=0.5, g_updates=1, epochs=10, digit_weight=1.0, loss="bce",
+                      batch_size=64),  # (o) the batch
+    },
+    "2022a": {
+        "dcgan": dict(beta1=0.5, beta2=0.999, batch_size=64),
+        "wgangp": dict(batch_size=64),  # (p) n_critic 5, weight 10 of the penalty, rate, betas
+    },
+    "2022b": {
+        "dcgan": dict(),
+        "sngan": dict(loss="bce", weight_decay=0.01, label_smoothing=0.1, instance_noise=0.1,  # (o) how much
+                      g_updates=1, batch_size=64, steps=7000),  # (o)
+    },
+    "2022c": {
+        "dcgan": dict(n_critic=2),  # (o) "several" updates of D
+        "wgangp": dict(),  # (p)
+    },
+}
+# fmt: on
+OF_REPORTS = dict(ema=0.0, diffaugment="none", decay="none")
+
+
 # ---------------- service: files, checkpoints, command line ----------------
 
 NAME = "p1_gan"
 # settings that a checkpoint keeps; --resume refuses others
-NETWORK = ("method",)
+NETWORK = ("method", "report")
 TRAINING = ("batch_size", "lr", "lr_d", "beta1", "beta2", "weight_decay", "decay", "n_critic", "g_updates")
-TRAINING += ("ema", "diffaugment", "label_smoothing", "instance_noise", "flip", "seed")
+TRAINING += ("ema", "loss", "diffaugment", "label_smoothing", "instance_noise", "digit_weight")
+TRAINING += ("flip", "seed")
 COLUMNS = ("d_loss", "g_loss", "d_real", "d_fake", "d_gradient", "g_gradient")  # of the log
 FACE_NUM = 1000  # --num left out: faces in all, and digits of each class
 DIGIT_NUM = 100
@@ -618,6 +687,8 @@ def load_checkpoint(path):
     found = list(ckpt)[:3] if isinstance(ckpt, dict) else type(ckpt).__name__
     if "script" in found:
         found = ckpt["script"]
+    if found == NAME and "args" in ckpt:
+        ckpt["args"].setdefault("report", None)  # files from before it was an option
     if found != NAME or {"ema", "args"} - ckpt.keys() or set(NETWORK) - ckpt["args"].keys():
         raise ValueError(f"--ckpt {path}: found {found}, expected a checkpoint of this {NAME}.py")
     return ckpt
@@ -693,7 +764,7 @@ def fixed_length(args):
 class Run:
     """What surrounds a training loop: --resume, progress bar, log, checkpoints, Ctrl-C, torchrun.
 
-    `for step in run` counts from 1, or from where the checkpoint stopped, to args.steps.
+    `for step in run` counts from 1, or from where the checkpoint stopped, to the last.
     finish(): makes the averaged generator ready to be saved or shown.
     parts: the networks and the optimisers, all that a checkpoint holds of them.
     """
@@ -705,6 +776,7 @@ class Run:
         self.name = str(args.ckpt).removesuffix(".pt")  # of what is written beside the checkpoint
         self.settings = {key: getattr(args, key) for key in NETWORK + TRAINING}
         self.images = [len(images), images.sum().item()]  # --resume asks for the same
+        self.steps = args.steps or max(args.epochs * len(images) // args.batch_size, 1)
         self.step = 0
         self.seconds = 0.0
         self.log = []
@@ -737,13 +809,13 @@ class Run:
                 handlers[name] = signal.signal(name, self.on_signal)
         precision = "bf16" if args.bf16 else "float32"
         self.say(f"{args.method}: {self.images[0]:,} images, {args.device}, {precision}")
-        self.bar = progress_bar(args, args.steps, "train", "step", initial=self.step)
-        every = min(100, max(10, args.steps // 20))  # steps between rows of the log
+        self.bar = progress_bar(args, self.steps, "train", "step", initial=self.step)
+        every = min(100, max(10, self.steps // 20))  # steps between rows of the log
         start = time.perf_counter() - self.seconds
         saved = self.row_seconds = self.seconds
         stopped = False
         try:
-            while self.step < args.steps and not stopped:
+            while self.step < self.steps and not stopped:
                 self.step += 1
                 yield self.step
                 self.seconds = time.perf_counter() - start
@@ -751,7 +823,7 @@ class Run:
                 stopped = self.agree_to_stop()
                 due = self.seconds - saved > 120
                 keep = args.keep > 0 and self.step % args.keep == 0
-                show = self.step % 500 == 0 and self.step < args.steps
+                show = self.step % 500 == 0 and self.step < self.steps
                 if due or keep or show or self.step % every == 0:
                     self.add_row()
                 if args.ema > 0 and (due or keep or show):
@@ -775,7 +847,7 @@ class Run:
             if args.world > 1:
                 dist.destroy_process_group()
         self.say(f"{args.ckpt}: step {self.step}, {self.seconds:.0f} s of training")
-        if self.step < args.steps:
+        if self.step < self.steps:
             raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
 
     def on_signal(self, *_):
@@ -825,7 +897,7 @@ class Run:
         rng = {"cpu": torch.get_rng_state()}
         if args.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(args.device)
-        settings = {**self.settings, "steps": args.steps}
+        settings = {**self.settings, "steps": self.steps}
         state = {"script": NAME, "args": settings, "images": self.images, "step": self.step}
         state.update(seconds=self.seconds, log=self.log, rng=rng, command=args.command)
         state.update({name: part.state_dict() for name, part in self.parts.items()})
@@ -860,8 +932,8 @@ class Run:
         if differ:
             raise ValueError(f"--resume {path} with other settings: {', '.join(differ)}")
         reason = fixed_length(self.args)
-        if reason and self.args.steps != old["steps"]:
-            found = f"--resume with --steps {self.args.steps}"
+        if reason and self.steps != old["steps"]:
+            found = f"--resume with --steps {self.steps}"
             raise ValueError(f"{found}: expected {old['steps']}, the checkpoint's; {reason} depends on it")
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
@@ -976,6 +1048,7 @@ def add_options(p):
     text = "updates of D in all; with --resume another number only where no step depends on it:"
     text += " without --decay and --instance-noise, and not for acgan"
     add(g, "--steps", None, text, type=positive)
+    add(g, "--epochs", None, "passes over the images, instead of --steps", "none", type=positive)
     g.add_argument("--resume", action="store_true", help="go on from --ckpt exactly")
     text = "also keep a checkpoint <ckpt>_<step>.pt every so many steps; 0: none"
     add(g, "--keep", 0, text, type=number(int, 0))
@@ -985,14 +1058,17 @@ def add_options(p):
     add(g, "--beta1", None, "beta1 of AdamW", type=beta)
     add(g, "--beta2", None, "beta2 of AdamW", type=beta)
     add(g, "--weight-decay", 0.0, "weight decay of AdamW", type=number(float, 0))
-    text = "of the learning rates: linear to 0, or step: halved at 50 and 75 %%"
-    add(g, "--decay", None, text, choices=("none", "linear", "step"))
+    text = "of the learning rates: linear to 0, step: halved at 50 and 75 %%, thirds: at 1/3 and 2/3"
+    add(g, "--decay", None, text, choices=("none", "linear", "step", "thirds"))
     add(g, "--n-critic", None, "updates of D per round", type=positive)
     add(g, "--g-updates", None, "updates of G after them", type=positive)
     add(g, "--ema", None, "decay of the averaged generator that samples; 0: none", type=share)
     text = "DiffAugment of all that D sees"
     add(g, "--diffaugment", None, text, choices=("none", "translation"))
-    add(g, "--label-smoothing", 0.0, "dcgan: real label 1 - this", type=share)
+    add(g, "--loss", None, "of D and G", choices=("bce", "wasserstein", "hinge"))
+    add(g, "--label-smoothing", 0.0, "of bce: real label 1 - this", type=share)
+    text = "acgan: last weight of G's digit loss; the first is 1"
+    add(g, "--digit-weight", 30.0, text, type=number(float, 0))
     text = "standard deviation of noise on all that D sees; it decays to 0"
     add(g, "--instance-noise", 0.0, text, type=number(float, 0))
     g.add_argument("--no-flip", dest="flip", action="store_false", help="do not mirror faces at random")
@@ -1003,13 +1079,17 @@ def add_options(p):
 # fmt: off
 PRESETS = {
     "dcgan":  dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=1, ema=0.0,
-                   diffaugment="none",        decay="none",   batch_size=64, steps=7000,  flip=True),
+                   loss="bce", diffaugment="none", decay="none",
+                   batch_size=64, steps=7000, flip=True),
     "wgangp": dict(lr=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9,   n_critic=5, g_updates=1, ema=0.0,
-                   diffaugment="none",        decay="none",   batch_size=64, steps=7000,  flip=True),
+                   loss="wasserstein", diffaugment="none", decay="none",
+                   batch_size=64, steps=7000, flip=True),
     "sngan":  dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=2, ema=0.999,
-                   diffaugment="translation", decay="linear", batch_size=16, steps=28000, flip=True),
+                   loss="hinge", diffaugment="translation", decay="linear",
+                   batch_size=16, steps=28000, flip=True),
     "acgan":  dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=2, ema=0.999,
-                   diffaugment="translation", decay="linear", batch_size=32, steps=10000, flip=False),
+                   loss="hinge", diffaugment="translation", decay="linear",
+                   batch_size=32, steps=10000, flip=False),
 }
 # fmt: on
 
@@ -1022,6 +1102,24 @@ DEFAULTS = {
 FAST = {"steps": 300}
 
 
+def set_method(parser, method, report):
+    """Makes the settings of a method, or of a report's method, the parser's defaults."""
+    if report is None:
+        method = method or "sngan"
+        parser.set_defaults(method=method, **PRESETS[method])
+        return
+    if report not in REPORTS:
+        fail(f"--report {report}: expected one of {', '.join(REPORTS)}; 2023 has no GAN")
+    methods = REPORTS[report]
+    method = method or next(iter(methods))
+    if method not in methods:
+        fail(f"--report {report} --method {method}: this report has {' and '.join(methods)}")
+    preset = PRESETS[method] | OF_REPORTS | methods[method]
+    if "epochs" in preset:
+        preset["steps"] = None
+    parser.set_defaults(method=method, **preset)
+
+
 def parse_args(argv=None):
     """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -1029,7 +1127,9 @@ def parse_args(argv=None):
     first.error = fail
     add(first, "--mode", "train", "what to do", choices=tuple(MODES))
     text = "what to train; elsewhere it only names the default of --ckpt, which says the method"
-    add(first, "--method", "sngan", text, choices=tuple(PRESETS))
+    add(first, "--method", None, text, "sngan, or the first of --report", choices=tuple(PRESETS))
+    text = f"preset: networks and training of a report, one of {', '.join(REPORTS)} (see REPORTS)"
+    add(first, "--report", None, text, "ours", metavar="NAME")
     first.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes of training")
     preset, _ = first.parse_known_args(argv)
     style = argparse.RawDescriptionHelpFormatter
@@ -1038,17 +1138,22 @@ def parse_args(argv=None):
     )
     p.error = fail
     add_options(p)
-    p.set_defaults(**PRESETS[preset.method])
+    set_method(p, preset.method, preset.report)
     p.set_defaults(**DEFAULTS.get(preset.mode, {}))
     if preset.fast and preset.mode == "train":
-        p.set_defaults(**FAST)
+        p.set_defaults(**FAST, epochs=None)
     args = p.parse_args(argv)
     args.command = shlex.join(["python", f"{NAME}.py", *argv])
 
-    if args.label_smoothing > 0 and args.method != "dcgan":
-        found = f"--label-smoothing {args.label_smoothing} with --method {args.method}"
-        fail(f"{found}: its loss has no real label to smooth; only dcgan's has")
-    args.ckpts = args.ckpts or [find_ckpt(f"p1_{args.method}", args.mode)]
+    if args.epochs and args.epochs != p.get_default("epochs"):
+        if args.steps != p.get_default("steps"):
+            fail(f"--epochs {args.epochs} and --steps {args.steps}: expected one of them")
+        args.steps = None
+    if args.label_smoothing > 0 and args.loss != "bce":
+        found = f"--label-smoothing {args.label_smoothing} with --loss {args.loss} of --method {args.method}"
+        fail(f"{found}: it has no real label to smooth; only bce has")
+    name = f"p1_{args.method}_{args.report}" if args.report else f"p1_{args.method}"
+    args.ckpts = args.ckpts or [find_ckpt(name, args.mode)]
     if len(args.ckpts) > 1 and args.mode != "grid":
         fail(f"--ckpt {' '.join(args.ckpts)}: --mode {args.mode} takes one; only grid shows several")
     args.ckpt = args.ckpts[0]

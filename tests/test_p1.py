@@ -102,14 +102,14 @@ def test_losses():
     p = real.sigmoid()
     q = fake.sigmoid()
     fakes = (1 - q).log().mean()
-    assert torch.allclose(p1.d_loss("dcgan", real, fake), -p.log().mean() - fakes)
+    assert torch.allclose(p1.d_loss("bce", real, fake), -p.log().mean() - fakes)
     smooth = (0.9 * p.log() + 0.1 * (1 - p).log()).mean()
-    assert torch.allclose(p1.d_loss("dcgan", real, fake, 0.1), -smooth - fakes)
-    assert torch.allclose(p1.g_loss("dcgan", fake), -q.log().mean())  # non-saturating
-    assert torch.allclose(p1.d_loss("wgangp", real, fake), fake.mean() - real.mean())
-    hinge = p1.d_loss("sngan", torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0]))
+    assert torch.allclose(p1.d_loss("bce", real, fake, 0.1), -smooth - fakes)
+    assert torch.allclose(p1.g_loss("bce", fake), -q.log().mean())  # non-saturating
+    assert torch.allclose(p1.d_loss("wasserstein", real, fake), fake.mean() - real.mean())
+    hinge = p1.d_loss("hinge", torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0]))
     assert hinge.item() == pytest.approx(0.5 + 1.0)
-    assert torch.allclose(p1.g_loss("sngan", fake), -fake.mean())
+    assert torch.allclose(p1.g_loss("hinge", fake), -fake.mean())
 
 
 def test_gradient_penalty_of_a_linear_critic_is_exact():
