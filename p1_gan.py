@@ -776,7 +776,7 @@ class Run:
         self.name = str(args.ckpt).removesuffix(".pt")  # of what is written beside the checkpoint
         self.settings = {key: getattr(args, key) for key in NETWORK + TRAINING}
         self.images = [len(images), images.sum().item()]  # --resume asks for the same
-        self.steps = args.steps or max(args.epochs * len(images) // args.batch_size, 1)
+        self.steps = args.steps or args.epochs * math.ceil(len(images) / args.batch_size)
         self.step = 0
         self.seconds = 0.0
         self.log = []

@@ -1062,7 +1062,7 @@ class Run:
         self.settings = {key: getattr(args, key) for key in NETWORK + TRAINING}
         self.settings["size"] = images.shape[-1]
         self.images = [len(images), images.sum().item()]  # --resume asks for the same
-        self.steps = args.steps or max(args.epochs * len(images) // args.batch_size, 1)
+        self.steps = args.steps or args.epochs * math.ceil(len(images) / args.batch_size)
         if args.lr_schedule in ("linear", "cosine"):  # they end with the run
             self.settings["steps"] = self.steps
         self.step = 0

@@ -80,14 +80,17 @@ class Net(nn.Module):
 
     forward(x): float (B, 3, 28, 28) in [-1, 1] -> logits (B, 10).
 
-    Every image is made grey and standardised first, whatever the arch and the method. This input is ours,
-    not the paper's or the reports': colour, contrast and brightness tell domains apart, not digits.
-    arch: "deep" is ours, "small" and "paper" are the reports' (section "the reports").
+    Every image is made grey and standardised first. This input is ours, not the paper's:
+    colour, contrast and brightness tell domains apart, not digits. The reports' input is RGB as it is.
+    arch: "deep" is ours, the others are in the section "the reports".
     pairs: of domain logits in "deep", one for all digits, or one for each (dann-mt, 614,110 parameters).
+    report: whether the input is the reports'. dropout2d: 2021's small network has Dropout2d.
     """
 
-    def __init__(self, arch="deep", pairs=1):
+    def __init__(self, arch="deep", pairs=1, report=False, dropout2d=True):
         super().__init__()
+        self.report = report
+        self.size = 64 if arch == "large" else SIZE
         if arch == "deep":
             self.features = nn.Sequential(
                 conv(3, 32, 5, padding=2),
@@ -107,12 +110,14 @@ class Net(nn.Module):
             self.label = nn.Sequential(nn.Dropout(0.5), nn.Linear(256, DIGITS))
             self.domain = mlp(nn.ReLU, 256, 128, 2 * pairs)
         else:
-            self.features, self.label, self.domain = report_layers(arch)
+            self.features, self.label, self.domain = report_layers(arch, dropout2d)
         # in the EMA network: the mean probability of each digit on the target
         self.register_buffer("marginal", torch.full((DIGITS,), 1 / DIGITS))
 
     def embed(self, x):
-        """(B, 3, 28, 28) -> features (B, C) of the grey, standardised image."""
+        """(B, 3, 28, 28) -> features (B, C); of the grey, standardised image, unless it is a report's."""
+        if self.report:
+            return self.features(F.interpolate(x, self.size, mode="bilinear"))
         x = x.mean(1, keepdim=True)  # (B, 1, 28, 28)
         mean = x.mean((1, 2, 3), keepdim=True)
         x = (x - mean) / (x.std((1, 2, 3), keepdim=True) + 0.05)
@@ -127,7 +132,8 @@ class Net(nn.Module):
 def build(args):
     """The network of args.arch and args.training, on args.device."""
     pairs = DIGITS if args.training == "dann-mt" else 1
-    return Net(args.arch, pairs).to(args.device, memory_format=torch.channels_last)
+    net = Net(args.arch, pairs, args.report is not None, args.dropout2d)
+    return net.to(args.device, memory_format=torch.channels_last)
 
 
 # ---------------- augmentation and losses ----------------
@@ -194,12 +200,16 @@ def strong(x):
     return random_convolution(augment(x, 1.0))
 
 
-def schedules(p, training="dann"):
+def schedules(p, training="dann", decay="paper"):
     """(lambda_, factor of the learning rate) at progress p in [0, 1] (1505.07818, section 5.2.2).
 
-    dann-mt's learning rate falls linearly to 0.
+    dann-mt's learning rate falls linearly to 0. decay: paper, none, or thirds: a tenth at 1/3 and 2/3.
     """
     factor = 1 - p if training == "dann-mt" else (1 + 10 * p) ** -0.75
+    if decay == "none":
+        factor = 1.0
+    elif decay == "thirds":
+        factor = 0.1 ** int(3 * p)
     return 2 / (1 + math.exp(-10 * p)) - 1, factor
 
 
@@ -214,7 +224,7 @@ def domain_loss(net, source, target, lambda_, digits=None):
     logits = net.domain(features).float()
     if logits.shape[1] == 2 * DIGITS:
         logits = (digits[:, :, None] * logits.view(-1, DIGITS, 2)).sum(1)
-    if logits.shape[1] == 1:  # the arch "paper" has the logit of "target" alone
+    if logits.shape[1] == 1:  # the reports' have the logit of "target" alone
         logits = F.pad(logits, (1, 0))
     domain = torch.ones(len(logits), dtype=torch.long, device=logits.device)
     domain[: len(source)] = 0
@@ -291,13 +301,13 @@ EMA_DECAY = 0.99  # of the teacher, which is also the network that predicts
 
 
 @torch.no_grad()
-def update_ema(ema, model, step, buffers):
+def update_ema(ema, model, step, buffers, decay=EMA_DECAY):
     """ema <- decay ema + (1 - decay) model (1703.01780).
 
     buffers: the BatchNorm statistics are the model's; else they are the EMA network's own.
     """
     for average, parameter in zip(ema.parameters(), model.parameters()):
-        average.lerp_(parameter, max(1 - EMA_DECAY, 1 / step))
+        average.lerp_(parameter, max(1 - decay, 1 / step))
     if buffers:
         for average, buffer in zip(ema.buffers(), model.buffers()):
             average.copy_(buffer)
@@ -309,8 +319,17 @@ def teaching(ema):
         module.train(not isinstance(module, (nn.Dropout, nn.Dropout2d)))
 
 
+def make_optimizer(args, model):
+    """AdamW, Adam or RAdam (1908.03265) of the network's parameters."""
+    options = dict(lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    if args.optimizer == "radam":
+        return torch.optim.RAdam(model.parameters(), **options)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer]
+    return kind(model.parameters(), fused=True, **options)
+
+
 def train(args, images, labels, target=None, evaluate=None):
-    """Trains for args.steps steps, writes args.ckpt, returns the EMA network in eval mode.
+    """Trains for args.steps or args.epochs, writes args.ckpt, returns the EMA network in eval mode.
 
     images: uint8 (N, 3, 28, 28). labels: int64 (N,) in 0..9. args: parse_args([...]).
     target: unlabelled images like `images`; None for the methods source, source-aug and target.
@@ -323,15 +342,15 @@ def train(args, images, labels, target=None, evaluate=None):
     ema = build(args)
     ema.load_state_dict(model.state_dict())
     teaching(ema)
-    optim = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    optim = make_optimizer(args, model)
     run = Run(args, images, target, model=model, ema=ema, optim=optim)
-    looks = {math.ceil(args.steps * k / 20) for k in range(1, 21)}
+    looks = {math.ceil(run.steps * k / 20) for k in range(1, 21)}
     images = images.to(args.device)
     labels = labels.to(args.device)
     if target is not None:
         target = target.to(args.device)
     for step in run:
-        p = (step - 1) / args.steps
+        p = (step - 1) / run.steps
         i = torch.randint(len(images), (args.batch_size,), device=args.device)
         x = images[i].float() / 127.5 - 1
         u = None
@@ -339,15 +358,20 @@ def train(args, images, labels, target=None, evaluate=None):
             i_target = torch.randint(len(target), (args.batch_size,), device=args.device)
             u = target[i_target].float() / 127.5 - 1
 
-        _, factor = schedules(p, args.training)
-        optim.param_groups[0]["lr"] = args.lr * factor * min(step / 100, 1)
+        _, factor = schedules(p, args.training, args.decay)
+        warm_up = 1.0 if args.report else min(step / 100, 1)
+        optim.param_groups[0]["lr"] = args.lr * factor * warm_up
+        step_losses = report_losses if args.report else losses
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-            class_loss, adaptation, sure = losses(args, model, ema, x, labels[i], u, p)
+            class_loss, adaptation, sure = step_losses(args, model, ema, x, labels[i], u, p)
         optim.zero_grad()
         (class_loss + adaptation).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optim.step()
-        update_ema(ema, model, step, buffers=target is None)
+        if args.report:  # the network itself predicts
+            update_ema(ema, model, step, buffers=True, decay=0.0)
+        else:
+            update_ema(ema, model, step, buffers=target is None)
         run.record(class_loss=class_loss, adaptation_loss=adaptation, sure=sure, gradient=norm)
         if evaluate is not None and step in looks:
             evaluate(ema.eval(), step)
@@ -510,7 +534,7 @@ def table(args):
     cells = {method: {scenario: [] for scenario in args.scenarios} for method in args.methods}
     for run in runs:
         exists = Path(run.ckpt).exists()
-        if not exists or load_checkpoint(run.ckpt)["step"] < run.steps:
+        if not exists or load_checkpoint(run.ckpt)["step"] < steps_of(run, data[run.labelled][0]):
             train(replace(run, resume=exists), *training_set(run, data))
         model, _ = load_model(run.ckpt, run.device)
         share = accuracy(model, *validation[run.target])
@@ -624,11 +648,49 @@ def tsne(args):
 # ---------------- the reports ----------------
 
 
-def report_layers(arch):
-    """(features, label head, domain head) of "small" (2022b, 355,164) or "paper" (2023, 976,651 parameters).
+# 2021's small network, and three like it for the vote: kernels of both convolutions, width of the linear
+# layers. The report tells the first alone; the others are ours.
+TINY = {"tiny": (32, 48, 100), "tiny-b": (32, 64, 128), "tiny-c": (48, 48, 128), "tiny-d": (24, 64, 100)}
 
-    Our own input comes before them (Net). Raises ValueError for another arch.
+
+def report_layers(arch, dropout2d=True):
+    """(features, label head, domain head) of a report's network; ValueError for another arch.
+
+    Parameters in all: small (2022b) 355,164, paper (2023) 976,651, dann (of the DANN paper; 2022a, 2022c)
+    205,891, tiny (2021) 497,075; large (2021): 6,274,560 in its features.
     """
+    if arch in TINY:
+        a, b, c = TINY[arch]
+        layers = [nn.Conv2d(3, a, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b)]
+        if dropout2d:
+            layers.append(nn.Dropout2d(0.5))
+        features = nn.Sequential(*layers, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())  # (B, 49 b)
+        label = [nn.Linear(49 * b, c), nn.ReLU(), nn.Dropout(0.5), nn.Linear(c, c), nn.BatchNorm1d(c)]
+        label += [nn.ReLU(), nn.Linear(c, DIGITS), nn.Sigmoid()]
+        return features, nn.Sequential(*label), mlp(nn.ReLU, 49 * b, c, 1)
+    if arch == "large":  # 64x64; the heads cannot be read in the report, these are of the paper's kind
+        layers = []
+        for c_in, c_out in zip((3, 64, 128, 256, 512), (64, 128, 256, 512, 1024)):
+            layers += [
+                nn.Conv2d(c_in, c_out, 3, padding=1),
+                nn.BatchNorm2d(c_out),
+                nn.MaxPool2d(2),
+                nn.ReLU(),
+            ]
+        features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # (B, 1024)
+        return features, linear(1024, 1024, 1024, DIGITS), linear(1024, 1024, 1024, 1)
+    if arch == "dann":  # 1505.07818, figure 4a
+        features = nn.Sequential(
+            nn.Conv2d(3, 32, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),  # (B, 32, 12, 12)
+            nn.Conv2d(32, 48, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),  # (B, 768)
+        )
+        return features, linear(768, 100, 100, DIGITS), linear(768, 100, 1)
     if arch == "small":
         features = nn.Sequential(
             conv(3, 64, 5),
@@ -663,6 +725,60 @@ def report_layers(arch):
     raise ValueError(f"--arch {arch}: expected {', '.join(ARCHS)}")
 
 
+def linear(*widths):
+    """Linear layers with ReLU between them."""
+    layers = []
+    for c_in, c_out in zip(widths[:-2], widths[1:-1]):
+        layers += [nn.Linear(c_in, c_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
+
+
+def report_losses(args, model, ema, x, y, u, p):
+    """As `losses`: the reports train on images as they are, without a teacher."""
+    nothing = torch.zeros((), device=x.device)
+    features = model.embed(x)
+    class_loss = F.cross_entropy(model.label(features).float(), y)
+    if u is None:
+        return class_loss, nothing, nothing
+    lambda_, _ = schedules(p)
+    adaptation = domain_loss(model, features, model.embed(u), lambda_)
+    return class_loss, args.domain_weight * adaptation, nothing
+
+
+# What five teams did differently. (o): the report does not say; ours. All have the reports' input, RGB in
+# [-1, 1], lambda_ of the paper, and predict with the network of the last step.
+REPORTS = {
+    "2021": dict(optimizer="adam", lr=2e-4, epochs=20),  # (o) the batch
+    "2022a": dict(optimizer="radam", lr=1e-5, batch_size=60, epochs=20),  # (o) the epochs
+    "2022b": dict(optimizer="adam", steps=2000),  # (o) all but lambda_
+    "2022c": dict(optimizer="adam", decay="thirds", domain_weight=2.0, steps=2000),  # three losses in one sum
+    "2023": dict(optimizer="adam", lr=3e-4, batch_size=1024, epochs=100),
+}
+DIRECTIONS = ["mnistm-svhn", "mnistm-usps"]
+REPORTS["2021"]["scenarios"] = ["mnistm-usps", "svhn-mnistm", "usps-svhn"]
+REPORT_ARCHS = {
+    "2021": ["large", *TINY],  # the second for USPS to SVHN
+    "2022a": ["dann"],
+    "2022b": ["small"],
+    "2022c": ["dann"],  # (o) it is not listed
+    "2023": ["paper"],
+}
+EVERY_REPORT = dict(method="dann", methods=["source", "dann", "target"], scenarios=DIRECTIONS, arch=None)
+EVERY_REPORT |= dict(betas=[0.9, 0.999], weight_decay=0.0, decay="none", clip=math.inf, steps=None)
+
+
+def of_direction(args, scenario):
+    """{arch, epochs} of a report for one of its directions; what the command line says counts more."""
+    own = dict(arch=REPORT_ARCHS[args.report][0], epochs=args.epochs)
+    if args.report == "2021" and scenario == "usps-svhn":
+        own["arch"] = "tiny"
+        if args.epochs == REPORTS["2021"]["epochs"]:
+            own["epochs"] = 30
+    if args.arch is not None:
+        own["arch"] = args.arch
+    return own
+
+
 # ---------------- service: files, checkpoints, command line ----------------
 
 NAME = "p4_dann"
@@ -673,12 +789,22 @@ METHODS = {
     "source-aug": "Trained on source, augmented",
     "dann-mt": "Adaptation (DANN + mean teacher), augmented",
 }
-ARCHS = ("deep", "small", "paper")
+ARCHS = ("deep", "small", "paper", "dann", "large", *TINY)
 SOURCE = {"mnistm": "svhn", "svhn": "mnistm", "usps": "mnistm"}  # the course's source of each target
 SCENARIOS = ["mnistm-svhn", "mnistm-usps", "usps-mnistm", "svhn-mnistm", "usps-svhn"]
 # settings that a checkpoint keeps; --resume refuses others
-NETWORK = ("arch", "training", "labelled", "unlabelled")
-TRAINING = ("steps", "batch_size", "lr", "seed")
+NETWORK = ("arch", "report", "dropout2d", "training", "labelled", "unlabelled")
+TRAINING = (
+    "batch_size",
+    "optimizer",
+    "lr",
+    "betas",
+    "weight_decay",
+    "decay",
+    "clip",
+    "domain_weight",
+    "seed",
+)
 
 
 def check_images(name, images):
@@ -759,6 +885,9 @@ def load_checkpoint(path):
     if isinstance(ckpt, dict):
         found = ckpt.get("script", list(ckpt)[:3])
         settings = ckpt.get("args")
+    if found == NAME and isinstance(settings, dict):  # files from before these were options
+        settings.setdefault("report", None)
+        settings.setdefault("dropout2d", True)
     if found != NAME or "ema" not in ckpt or set(NETWORK) - set(settings or {}):
         raise ValueError(f"--ckpt {path}: found {found}, expected a checkpoint of this {NAME}.py")
     return ckpt
@@ -794,9 +923,15 @@ def load_model(path, device="cpu"):
     return model.eval(), settings
 
 
+def steps_of(args, images):
+    """The number of steps of a training on these images."""
+    return args.steps or args.epochs * math.ceil(len(images) / args.batch_size)
+
+
 def settings_of(args, images, target):
     """What a checkpoint keeps of a training: its settings, and for each data set the size and the sum."""
     settings = {key: getattr(args, key) for key in NETWORK + TRAINING}
+    settings["steps"] = steps_of(args, images)
     sets = [images]
     if target is not None:
         sets.append(target)
@@ -837,7 +972,7 @@ def progress_bar(total, what, unit, initial=0):
 class Run:
     """What surrounds a training loop: --resume, progress bar, log, checkpoints, Ctrl-C.
 
-    `for step in run` counts from 1, or from where the checkpoint stopped, to args.steps.
+    `for step in run` counts from 1, or from where the checkpoint stopped, to the last.
     parts: the networks and the optimiser, all that a checkpoint holds of them.
     """
 
@@ -845,6 +980,7 @@ class Run:
         self.args = args
         self.parts = parts
         self.settings = settings_of(args, images, target)
+        self.steps = self.settings["steps"]
         self.step = 0
         self.seconds = 0.0
         self.log = []
@@ -868,12 +1004,12 @@ class Run:
         sizes = " and ".join(f"{n:,}" for n, _ in self.settings["images"])
         precision = "bf16" if args.bf16 else "float32"
         print(f"{describe(args)}: {sizes} images, {args.device}, {precision}", flush=True)
-        self.bar = progress_bar(args.steps, "train", "step", initial=self.step)
-        every = min(100, max(10, args.steps // 20))  # steps between rows of the log
+        self.bar = progress_bar(self.steps, "train", "step", initial=self.step)
+        every = min(100, max(10, self.steps // 20))  # steps between rows of the log
         start = time.perf_counter() - self.seconds
         saved = self.row_seconds = self.seconds
         try:
-            while self.step < args.steps:
+            while self.step < self.steps:
                 self.step += 1
                 yield self.step
                 self.seconds = time.perf_counter() - start
@@ -893,7 +1029,7 @@ class Run:
             for name, handler in handlers.items():
                 signal.signal(name, handler)
         print(f"{args.ckpt}: step {self.step}, {self.seconds:.0f} s of training", flush=True)
-        if self.step < args.steps:
+        if self.step < self.steps:
             raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
 
     def stop(self, *_):
@@ -1058,20 +1194,25 @@ def add_options(p):
     g = p.add_argument_group("training")
     text = "steps in all; --resume refuses another number, because the schedules depend on it"
     add(g, "--steps", 2000, text, type=positive)
+    add(g, "--epochs", None, "passes over the labelled images, instead of --steps", "none", type=positive)
     g.add_argument("--resume", action="store_true", help="go on from --ckpt exactly")
     add(g, "--batch-size", 64, "images per step, of each domain", type=number(int, 2))
-    add(g, "--lr", 1e-3, "initial learning rate of AdamW", type=number(float, 0))
+    add(g, "--optimizer", "adamw", "AdamW, Adam or RAdam", choices=("adamw", "adam", "radam"))
+    add(g, "--lr", 1e-3, "initial learning rate", type=number(float, 0))
+    add(g, "--betas", [0.9, 0.99], "of the optimiser", type=number(float, 0, 0.9999), nargs=2, metavar="B")
+    add(g, "--weight-decay", 1e-4, "of the optimiser", type=number(float, 0))
+    text = "of the learning rate: paper, but linear to 0 for dann-mt; none; a tenth at 1/3 and at 2/3"
+    add(g, "--decay", "paper", text, choices=("paper", "none", "thirds"))
+    add(g, "--clip", 10.0, "largest norm of the gradient, or inf", type=float)
+    add(g, "--domain-weight", 1.0, "reports: weight of the domain loss", type=number(float, 0))
     text = "also print the best of 20 evaluations on target labels: a leak, as some reports have it"
     g.add_argument("--oracle", action="store_true", help=text)
 
     g = p.add_argument_group("network of train and table (elsewhere the checkpoint says it)")
-    add(
-        g,
-        "--arch",
-        "deep",
-        "ours (deep), the 2022 report's (small) or the 2023 report's (paper)",
-        choices=ARCHS,
-    )
+    text = "deep is ours, small 2022b's, paper 2023's, dann the paper's, large and tiny 2021's"
+    add(g, "--arch", "deep", text, choices=ARCHS)
+    text = "tiny: without Dropout2d, which 2021 found important"
+    g.add_argument("--no-dropout2d", dest="dropout2d", action="store_false", help=text)
 
     g = p.add_argument_group("table, tsne")
     rows = tuple(METHODS)
@@ -1095,6 +1236,31 @@ DEFAULTS = {
 FAST = {"steps": 400}
 
 
+def set_report(parser, report):
+    """Makes the settings of a report the parser's defaults."""
+    if report not in REPORTS:
+        fail(f"--report {report}: expected one of {', '.join(REPORTS)}")
+    parser.set_defaults(**(EVERY_REPORT | REPORTS[report]))
+
+
+def check_report(args):
+    """Raises ValueError where options contradict the report or the network."""
+    methods = args.methods if args.mode == "table" else [args.method]
+    others = [method for method in methods if method not in EVERY_REPORT["methods"]]
+    if args.report and others:
+        expected = " ".join(EVERY_REPORT["methods"])
+        fail(f"--report {args.report} with method {others[0]}: the reports have {expected}")
+    archs = REPORT_ARCHS.get(args.report, ARCHS)
+    if args.arch is not None and args.arch not in archs:
+        fail(f"--report {args.report} --arch {args.arch}: this report has {' '.join(archs)}")
+    if not args.dropout2d and args.report != "2021":
+        fail("--no-dropout2d: only report 2021 has the networks that it changes")
+    if args.report is None and args.arch in ("dann", "large", *TINY):
+        fail(f"--arch {args.arch}: a report's network on the report's input; add --report")
+    if args.report is None and args.domain_weight != 1:
+        fail(f"--domain-weight {args.domain_weight}: only the reports' loss has it; add --report")
+
+
 def parse_args(argv=None):
     """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -1103,6 +1269,8 @@ def parse_args(argv=None):
     text = "what to do; table: the reports' table, with our own input: every image grey and standardised"
     add(first, "--mode", "train", text, choices=tuple(MODES))
     first.add_argument("--fast", action="store_true", help="preset for a CPU and a minute of training")
+    text = f"preset: network, input and training of a report, one of {', '.join(REPORTS)} (see REPORTS)"
+    add(first, "--report", None, text, "ours", metavar="NAME")
     preset, _ = first.parse_known_args(argv)
     style = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(
@@ -1110,12 +1278,21 @@ def parse_args(argv=None):
     )
     p.error = fail
     add_options(p)
+    if preset.report:
+        set_report(p, preset.report)
     p.set_defaults(**DEFAULTS.get(preset.mode, {}))
     if preset.fast:
-        p.set_defaults(**FAST)
+        p.set_defaults(**FAST, epochs=None)
     args = p.parse_args(argv)
     args.command = shlex.join(["python", f"{NAME}.py", *argv])
 
+    check_report(args)
+    if args.epochs and args.epochs != p.get_default("epochs"):
+        if args.steps != p.get_default("steps"):
+            fail(f"--epochs {args.epochs} and --steps {args.steps}: expected one of them")
+        args.steps = None
+    if not args.clip > 0:
+        fail(f"--clip {args.clip}: expected a number above 0, or inf")
     if args.mode == "eval" and args.gt is None:
         fail("--mode eval needs --gt FILE, the CSV of true labels")
     if args.mode == "predict" and args.input is None:
@@ -1169,9 +1346,17 @@ def settle(args, **changes):
     if args.method in ("dann", "dann-mt"):
         unlabelled = target
         where = f"{source}_{target}"
-    name = f"p4_{training}_{where}_{args.arch}_{args.seed}"
+    own = {}
+    if args.report:
+        own = of_direction(args, f"{source}-{target}")
+    kind = own.get("arch", args.arch)
+    if args.report:
+        kind = f"{args.report}-{kind}"
+    if not args.dropout2d:
+        kind += "-no-dropout2d"
+    name = f"p4_{training}_{where}_{kind}_{args.seed}"
     domains = dict(source=source, target=target, labelled=labelled, unlabelled=unlabelled)
-    return replace(args, training=training, name=name, **domains)
+    return replace(args, training=training, name=name, **domains, **own)
 
 
 def training_set(args, data):

@@ -114,7 +114,7 @@ def test_epochs_count_passes_over_the_images(tmp_path):
     images = torch.randint(256, (20, 3, 28, 28), dtype=torch.uint8)
     options = ["--epochs", "2", "--batch-size", "8", "--channels", "32", "--ckpt", str(tmp_path / "a.pt")]
     p2.train(parse(*options), images, torch.arange(20) % 10)
-    assert torch.load(tmp_path / "a.pt", weights_only=True)["step"] == 5  # 2 * 20 / 8
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["step"] == 6  # 2 times 3 batches
 
 
 def test_learning_rates():

@@ -112,7 +112,7 @@ def test_gradient_reversal_against_autograd_by_hand():
     assert torch.allclose(plain, (x @ w).cos()[:, None] * w, atol=1e-12)
 
 
-@pytest.mark.parametrize("arch", p4.ARCHS)
+@pytest.mark.parametrize("arch", ("deep", "small", "paper"))
 def test_domain_loss_trains_the_head_and_reverses_the_features(arch):
     net = p4.Net(arch).eval()
     width = next(m for m in net.domain.modules() if isinstance(m, nn.Linear)).in_features
@@ -174,7 +174,7 @@ def test_parameter_counts():
         p4.Net("vgg")
 
 
-@pytest.mark.parametrize("arch", p4.ARCHS)
+@pytest.mark.parametrize("arch", ("deep", "small", "paper"))
 def test_network_ignores_colour_brightness_and_contrast(arch):
     net = p4.Net(arch).eval()
     x = torch.rand(4, 3, 28, 28)
