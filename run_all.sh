@@ -4,6 +4,7 @@
 #   bash run_all.sh                          with the weights that come with it, minutes, results in results/
 #   bash run_all.sh --train                  trains all four on built-in data first, 15 minutes
 #   bash run_all.sh IN OUT [p1 p2 p3 p4]     trains on the course's data in IN, hours; called again it goes on
+#   bash run_all.sh IN OUT reports [NAME...] the systems of the five reports, 2021 2022a 2022b 2022c 2023: days
 #
 # The graders' calls, with checkpoints/ beside this file or else the weights that come with it:
 #
@@ -16,7 +17,7 @@
 #   bash run_all.sh bonus IMAGES TARGET OUT.csv   with dann-mt            hw2_bonus.sh of 2021
 set -euo pipefail
 here=$(CDPATH="" cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
-usage() { sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+usage() { sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 absolute() { case $1 in /*) printf %s "$1" ;; *) printf %s "$PWD/$1" ;; esac; }
 call() {  # a script on paths that are absolute, from this folder, where it finds checkpoints/ and .weights/
   cd "$here" && exec python3 "$@"
@@ -43,10 +44,18 @@ case "$#:${1-}" in
      in=$1; out=$2; train=yes; shift 2; problems=("$@"); [ $# -gt 0 ] || problems=(p1 p2 p3 p4) ;;
 esac
 
+names=(2021 2022a 2022b 2022c 2023)  # of the reports
+if [ "${problems[0]}" = reports ]; then
+  if [ ${#problems[@]} -gt 1 ]; then names=("${problems[@]:1}"); fi
+  for name in "${names[@]}"; do
+    case $name in 2021|2022a|2022b|2022c|2023) ;; *) usage ;; esac
+  done
+  problems=(reports)
+fi
 for problem in "${problems[@]}"; do
-  case $problem in p1|p2|p3|p4) ;; *) usage ;; esac
+  case $problem in p1|p2|p3|p4|reports) ;; *) usage ;; esac
 done
-domains_of() { case $1 in p1|p2) echo mnistm ;; p4) echo mnistm svhn usps ;; esac; }
+domains_of() { case $1 in p1|p2) echo mnistm ;; p4|reports) echo mnistm svhn usps ;; esac; }
 digits() {  # stops here, not after hours, if --data lacks one of these domains
   PYTHONPATH=$here python3 - "$in" "$@" <<'PYTHON'
 import sys
@@ -146,6 +155,43 @@ p4() {
   for target in "${targets[@]}"; do
     run p4_dann.py --mode tsne --ckpt "$out/p4_dann-mt_mnistm_${target}_deep_0.pt" --out "$out/p4_figures" \
       ${data[@]+"${data[@]}"}
+  done
+}
+reports() {
+  local name method methods states seeds path
+  for name in "${names[@]}"; do
+    methods=(dcgan wgangp); states=(); seeds=(0 1 2)
+    case $name in
+      2021) methods=(dcgan acgan); seeds=(0) ;;
+      2022b) methods=(dcgan sngan); states=(--states 0 40 80 120 160 200) ;;
+      2022c) states=(--states 1 50 100 200 400 600 800 1000) ;;
+      2023) methods=(); states=(--states 1 101 201 261 361 400); seeds=(0) ;;
+    esac
+    for method in ${methods[@]+"${methods[@]}"}; do
+      if [ -z "$faces" ] && [ "$method" != acgan ]; then continue; fi
+      weights "p1_${method}_$name" p1_gan.py --report "$name" --method "$method"
+      run p1_gan.py --mode sample --ckpt "$ckpt" --out "$out/p1_${method}_$name"
+      evaluate p1_gan.py "$out/p1_${method}_$name" --ckpt "$ckpt"
+      run p1_gan.py --mode grid --ckpt "$ckpt" --out "$out/p1_figures_$name"
+    done
+    if [ "$name" != 2021 ]; then
+      weights "p2_diffusion_$name" p2_diffusion.py --report "$name"
+      run p2_diffusion.py --mode sample --report "$name" --ckpt "$ckpt" --out "$out/p2_report_$name"
+      evaluate p2_diffusion.py "$out/p2_report_$name" --ckpt "$ckpt"
+      run p2_diffusion.py --mode grid --report "$name" --ckpt "$ckpt" --data "$in" \
+        ${states[@]+"${states[@]}"} --out "$out/p2_figures_$name"
+    fi
+    if [ "$name" = 2023 ] && [ -e "$in/face/UNet.pt" ]; then
+      local given=(--ckpt "$in/face/UNet.pt" --noise "$in/face/noise")
+      run p3_ddim.py --mode eta-grid --report 2023 "${given[@]}" --out "$out/p3_figures_2023"
+      run p3_ddim.py --mode eta-grid --report 2023 --eta 0.5 0.5 "${given[@]}" --out "$out/p3_figures_2023_eta"
+      run p3_ddim.py --mode interpolate --report 2023 "${given[@]}" --out "$out/p3_figures_2023"
+    fi
+    run p4_dann.py --mode table --report "$name" --seeds "${seeds[@]}" --ckpt "$out" --data "$in" \
+      --out "$out/p4_table_$name"
+    for path in "$out"/p4_dann_*_"$name"-*_0.pt; do
+      run p4_dann.py --mode tsne --ckpt "$path" --data "$in" --out "$out/p4_figures_$name"
+    done
   done
 }
 

@@ -158,6 +158,42 @@ def test_usage(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_reports_by_name(tmp_path):
+    """Every command that trains and scores the reports' systems is one that its script takes.
+
+    They take days, so a stand-in for python3 writes them down, and makes the checkpoints and the log.
+    """
+    (tmp_path / "in" / "face" / "train").mkdir(parents=True)
+    (tmp_path / "in" / "face" / "UNet.pt").touch()
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text("""#!/usr/bin/env bash
+[ "$1" = - ] && exit
+printf '%s\\n' "$*" >> "$LOG"
+[[ "$*" == *"--mode table"* ]] && touch "$TABLES/p4_dann_usps_svhn_2021-tiny_0.pt"
+exit 0
+""")
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    variables = {"LOG": str(tmp_path / "log"), "TABLES": str(out)}
+    variables["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", str(ROOT / "run_all.sh"), str(tmp_path / "in"), str(out), "reports"]
+    subprocess.run(command, check=True, env=os.environ | variables)
+    scripts = {"p1_gan": p1, "p2_diffusion": p2, "p3_ddim": p3, "p4_dann": p4}
+    systems = set()
+    for line in (tmp_path / "log").read_text().splitlines():
+        script, *arguments = line.split()
+        if Path(script).stem in scripts:
+            args = scripts[Path(script).stem].parse_args(arguments)
+            if args.mode in ("train", "table"):
+                systems.add((Path(script).stem, args.report, args.method if "p1" in script else None))
+    assert len([s for s in systems if s[0] == "p1_gan"]) == 8
+    assert {s[1] for s in systems if s[0] == "p2_diffusion"} == {"2022a", "2022b", "2022c", "2023"}
+    assert {s[1] for s in systems if s[0] == "p4_dann"} == {"2021", "2022a", "2022b", "2022c", "2023"}
+    assert "--states 1 101 201 261 361 400" in (tmp_path / "log").read_text()
+    assert run_all(tmp_path / "in", out, "reports", "2024").returncode == 2
+
+
 @pytest.mark.slow
 def test_failure(tmp_path):
     """Missing digits show at the start; what fails later stops it, and it reports what there is."""
