@@ -126,7 +126,6 @@ class UNet(nn.Module):
     """The 2023 course's face network (113,673,219 parameters); without arguments it takes its UNet.pt.
 
     forward(x, t): noisy images x (B, 3, H, W), integer steps t (B,) -> eps or v (B, 3, H, W).
-
     channels: one width per resolution, multiples of 32. blocks: residual blocks at each.
     attention: the strides (1 at the entrance) with attention.
     """
@@ -341,8 +340,7 @@ def update_ema(ema, model, step):
 def train(args, images, labels=None):
     """Trains for args.steps steps, writes args.ckpt, returns the EMA network in eval mode.
 
-    images: uint8 (N, 3, H, H) of any H that the network can halve. labels: not used.
-    args: parse_args([...]).
+    images: uint8 (N, 3, H, H), H what the network can halve. labels: not used. args: parse_args([...]).
     Raises ValueError, FloatingPointError (loss not finite), KeyboardInterrupt (after Ctrl-C; saved).
     """
     check_training_set(args, images)
