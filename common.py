@@ -943,7 +943,12 @@ $sections
 """)
 TITLES = {"p1": "GANs", "p2": "Conditional diffusion", "p3": "DDIM", "p4": "Domain adaptation"}
 LABELS = {"is": "inception score", "accuracy": "digit accuracy", "diversity": "diversity"}
-LABELS |= {"face_rate": "face rate", "mse": "mean squared error", "largest": "largest mean squared error"}
+LABELS |= {
+    "psnr": "PSNR in dB",
+    "face_rate": "face rate",
+    "mse": "mean squared error",
+    "largest": "largest mean squared error",
+}
 # problem or method, label: the better of two, the course's bar, best of the reports
 BARS = {
     "p1 FID": (min, 27.0, "22.97"),
@@ -967,6 +972,8 @@ CAPTIONS = {
     "guidance": "A larger w makes digits clearer, and more alike.",
     "first": "The first images, one for each noise.",
     "eta_grid": "Rows are eta, columns noises. At eta 0 a noise has one face; added noise changes it.",
+    "inversion": "Faces, the noises that DDIM finds for them, and what comes back.",
+    "interpolation_p1": "From one latent to another on the sphere: does each face stay one?",
     "interpolation": "Between two noises. With lerp (below slerp) the noise in the middle is too short.",
     "training": "What was logged in training.",
 }
@@ -988,6 +995,8 @@ def read_scores(path):
         elif key in labels:
             value = np.ravel(value)[0]  # of mean and deviation the mean
             problem, whose = path.stem[:2], path.stem[3:]
+            if path.parent.name[2:].startswith("_figures"):
+                problem, whose = path.parent.name[:2], path.stem
             scores.append((problem, problem, labels[key], whose, value, result.get("n", "")))
     return [(*score[:4], float(score[4]), score[5]) for score in scores]
 
@@ -1008,7 +1017,8 @@ def figure(path):
     """A PNG or a text as HTML; ValueError where it is damaged."""
     _, _, report = path.parent.name.partition("_figures")
     caption = next((text for part, text in CAPTIONS.items() if part in path.stem), path.stem)
-    caption = html.escape(f"{caption} {report.replace('_', ' ')}".strip())
+    whose = path.stem.partition("_p1_")[2] + report.replace("_", " ")
+    caption = html.escape(f"{caption} {whose}".strip())
     if path.suffix == ".txt":
         text = html.escape(path.read_text(encoding="utf-8", errors="backslashreplace"))
         return f"<details><summary>{html.escape(path.stem)}</summary><pre>{text}</pre></details>"
@@ -1070,7 +1080,7 @@ def write_report(out, built_in=()):
     figures = {problem: [] for problem in TITLES}
     damaged = []
     results = [*sorted(out.glob("p[1-3]_*.json")), *sorted(out.glob("p4_table*/table.json"))]
-    for path in results + sorted(out.glob("p[1-4]_figures*/[!.]*")):
+    for path in results + sorted(out.glob("p[1-4]_figures*/[!.]*.*")):
         try:
             if path.suffix == ".json":
                 scores += read_scores(path)

@@ -499,7 +499,7 @@ def evaluate(args):
 
 def grid(args):
     """Writes first_<name>.png (32 faces, or 10 of each digit), interpolation_<name>.png, network_<name>.txt
-    and training_<name>.png of each --ckpt into --out, and of two or more also compare.png, side by side.
+    and training_<name>.png of each --ckpt into --out; those like the first also as compare.png.
     """
     from common import save_curves
 
@@ -526,10 +526,11 @@ def grid(args):
             columns = ["d_loss", "g_loss", "d_real", "d_fake"]
             title = f"{settings.method}: losses, D(x) and D(G(z))"
             save_curves(out / f"training_{name}.png", log, columns, title, yscale="linear")
-    if len(pictures) > 1 and len({picture.shape for picture in pictures}) == 1:
-        gap = torch.full((3, pictures[0].shape[1], 24), 255, dtype=torch.uint8)
-        parts = [pictures[0]]
-        for picture in pictures[1:]:
+    alike = [picture for picture in pictures if picture.shape == pictures[0].shape]
+    if len(alike) > 1:
+        gap = torch.full((3, alike[0].shape[1], 24), 255, dtype=torch.uint8)
+        parts = [alike[0]]
+        for picture in alike[1:]:
             parts += [gap, picture]
         write_png(out / "compare.png", torch.cat(parts, 2))
     print(f"{out}: {', '.join(sorted(os.listdir(out)))}")

@@ -564,27 +564,27 @@ def write_noise(args):
 def invert(args):
     """Writes the noise NN.pt of each image NN of --input, and what comes back as NN.png, into --out.
 
-    Neither way is clamped. Prints the PSNR of what comes back.
+    Neither way is clamped. Prints the PSNR of what comes back. Without --input it takes the first eight val
+    faces of --data, and writes them as inversion.png and the PSNR as inversion.json instead.
     """
-    from common import list_images, read_images
+    from common import load_faces, save_grid
 
     out = Path(args.out)
-    paths = list_images(args.input)[: args.num]
-    if len({path.stem for path in paths}) < len(paths):
-        raise ValueError(f"--input {args.input}: expected images of different names before the dot")
-    if out.resolve() == Path(args.input).resolve():
-        raise ValueError(f"--out {out}: is --input; give another folder for what comes back")
     model, settings = load_model(args.ckpt, args.device)
     size = args.size or settings.size
     check_size([size], settings, "--size")
-    images = read_images(paths, (size, size))
-    groups = batches(args, range(len(paths)), images.shape)
+    if args.input is None:
+        images = load_faces(args.data, "val", size)[: min(args.num, 8)]
+    else:
+        names, images = read_folder(args, size)
+    groups = batches(args, range(len(images)), images.shape)
     alpha_bar = make_alpha_bar()
     times = ddim_times(args.sample_steps)
     end = alpha_bar[0].item()
     network = Watched(args, model, len(groups) * len(times) * (args.iterations + 1))
     predict = predictor(network, alpha_bar, settings.prediction, use_bf16(args, settings), clamp=False)
     psnr = []
+    states = []
     for group in groups:
         x = images[group].to(args.device) / 127.5 - 1
         noises = ddim_inverse(predict, x, alpha_bar, times, args.iterations, end)
@@ -593,12 +593,32 @@ def invert(args):
         back = to_uint8(ddim(predict, noises, alpha_bar, times, end=end))
         errors = (back.double() - images[group]).square().mean((1, 2, 3))
         psnr += (10 * torch.log10(255**2 / errors.clamp(min=1e-9))).tolist()
+        if args.input is None:
+            states.append(torch.stack([images[group], to_uint8(noises / 3), back]))
+            continue
         for i, noise, image in zip(group, noises.cpu(), back):
-            write_tensor(out / f"{paths[i].stem}.pt", noise[None])
-            write_png(out / f"{paths[i].stem}.png", image)
+            write_tensor(out / f"{names[i]}.pt", noise[None])
+            write_png(out / f"{names[i]}.png", image)
     quality = f"PSNR of the reconstruction {np.mean(psnr):.2f} dB, worst {min(psnr):.2f}"
     how = f"{describe(args, settings)}, {args.iterations} iterations"
-    print(f"{len(paths)} images in {out}: {quality}, {how}")
+    print(f"{len(images)} images in {out}: {quality}, {how}")
+    if args.input is None:
+        rows = ["face", "its noise", "back"]
+        save_grid(out / "inversion.png", torch.cat(states, 1), rows, [""] * len(images), how)
+        write_text(out / "inversion.json", json.dumps({"n": len(psnr), "psnr": float(np.mean(psnr))}))
+
+
+def read_folder(args, size):
+    """(names without suffix, uint8 (N, 3, size, size)) of the first --num images of --input."""
+    from common import list_images, read_images
+
+    paths = list_images(args.input)[: args.num]
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--input {args.input}: expected images of different names before the dot")
+    if Path(args.out).resolve() == Path(args.input).resolve():
+        raise ValueError(f"--out {args.out}: is --input; give another folder for what comes back")
+    return names, read_images(paths, (size, size))
 
 
 def mse(args):
@@ -1153,7 +1173,8 @@ def add_options(p):
     own = f"checkpoints/{NAME}.pt, else .weights/{NAME}.pt beside the script"
     add(p, "--data", None, "the course's layout", "built-in faces", metavar="DIR")
     add(p, "--noise", None, "folder of (1, 3, H, W) noises NN.pt", "drawn from --seed", metavar="DIR")
-    add(p, "--input", "samples", "eval, mse, invert: folder of images", metavar="DIR")
+    text = "samples; invert: eight faces of --data"
+    add(p, "--input", "samples", "eval, mse, invert: folder of images", text, metavar="DIR")
     add(p, "--gt", "face/GT", "mse: ground truth with the same file names", metavar="DIR")
     add(p, "--out", None, "where results go: a folder; eval, mse: a JSON file", metavar="PATH")
     add(p, "--ckpt", None, "checkpoint to write or read, or the course's UNet.pt", own, metavar="FILE")
@@ -1198,7 +1219,7 @@ DEFAULTS = {
     "eta-grid": {"out": "p3_figures", "eta": [0.0, 0.25, 0.5, 0.75, 1.0]},
     "interpolate": {"out": "p3_figures"},
     "noise": {"out": "noise", "size": 256},
-    "invert": {"out": "inverted"},
+    "invert": {"out": "inverted", "input": None},
     "export": {"out": ".weights"},
     "grid": {"out": "p3_figures"},
 }

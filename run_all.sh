@@ -112,8 +112,10 @@ p1() {
     weights "p1_$method" p1_gan.py --method "$method" $(short --batch-size 16 --steps 200) || continue
     run p1_gan.py --mode sample --method "$method" --ckpt "$ckpt" --out "$out/p1_$method"
     evaluate p1_gan.py "$out/p1_$method" --method "$method" --ckpt "$ckpt"
-    if [ "$method" = acgan ]; then run p1_gan.py --mode grid --ckpt "$ckpt" --out "$out/p1_figures"; fi
-    if [ "$method" = dcgan ] || [ "$method" = sngan ]; then grids+=("$ckpt"); fi
+    if [ -z "$in" ] && [ "$method" = acgan ]; then
+      run p1_gan.py --mode eval --input "$out/p1_acgan" --out "$out/p1_acgan.json" --ckpt "$ckpt"
+    fi
+    if [ "$method" != wgangp ]; then grids+=("$ckpt"); fi  # compare.png: A and B
   done
   if [ ${#grids[@]} -gt 0 ]; then run p1_gan.py --mode grid --ckpt "${grids[@]}" --out "$out/p1_figures"; fi
 }
@@ -122,7 +124,7 @@ p2() {
   run p2_diffusion.py --mode sample --ckpt "$ckpt" --out "$out/p2_digits"
   local scored=(--mode eval --ckpt "$ckpt" --input "$out/p2_digits" --out "$out/p2_digits.json")
   run p2_diffusion.py "${scored[@]}" ${data[@]+"${data[@]}"}
-  run p2_diffusion.py --mode grid --ckpt "$ckpt" --out "$out/p2_figures"
+  run p2_diffusion.py --mode grid --ckpt "$ckpt" $(short --num 5) --out "$out/p2_figures"
 }
 p3() {
   local given=() sampler=()
@@ -134,16 +136,18 @@ p3() {
     fi
   fi
   if [ $faces ] && weights p3_ddim p3_ddim.py $(short --fast --steps 400); then
-    run p3_ddim.py --mode sample --sampler dpm++ --ckpt "$ckpt" $(short --num 200) --out "$out/p3_faces"
+    run p3_ddim.py --mode sample --sampler dpm++ --ckpt "$ckpt" $(short --num 200 --sample-steps 8) --out "$out/p3_faces"
     evaluate p3_ddim.py "$out/p3_faces"
     run p3_ddim.py --mode grid --sampler dpm++ --ckpt "$ckpt" --out "$out/p3_figures"
+    run p3_ddim.py --mode invert --ckpt "$ckpt" ${data[@]+"${data[@]}"} $(short --sample-steps 10 --num 4) \
+      --out "$out/p3_figures"
     if [ ${#given[@]} -eq 0 ]; then
       given=(--ckpt "$ckpt")
       sampler=(--sampler dpm++)
     fi
   fi
   [ ${#given[@]} -gt 0 ] || return 0
-  run p3_ddim.py --mode eta-grid "${given[@]}" --out "$out/p3_figures"
+  run p3_ddim.py --mode eta-grid "${given[@]}" $(short --sample-steps 20 --eta 0 0.5 1) --out "$out/p3_figures"
   run p3_ddim.py --mode interpolate "${given[@]}" ${sampler[@]+"${sampler[@]}"} --out "$out/p3_figures"
 }
 p4() {
@@ -151,9 +155,10 @@ p4() {
   if [ -z "$in" ]; then targets=(svhn); scenarios=(--scenarios mnistm-svhn); fi
   if [ -z "$train" ]; then methods=(--methods dann-mt); fi
   run p4_dann.py --mode table --seeds 0 --ckpt "$out" --out "$out/p4_table" ${data[@]+"${data[@]}"} \
-    ${scenarios[@]+"${scenarios[@]}"} ${methods[@]+"${methods[@]}"} $(short --fast)
+    ${scenarios[@]+"${scenarios[@]}"} ${methods[@]+"${methods[@]}"} $(short --steps 320)
   for target in "${targets[@]}"; do
     run p4_dann.py --mode tsne --ckpt "$out/p4_dann-mt_mnistm_${target}_deep_0.pt" --out "$out/p4_figures" \
+      $(short --num 500) \
       ${data[@]+"${data[@]}"}
   done
 }

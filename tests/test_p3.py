@@ -691,6 +691,15 @@ def write_faces(folder, names):
     return faces
 
 
+def test_invert_without_input_draws_faces_of_the_data(own, tmp_path):
+    """At most eight val faces, their noises, and what comes back, with the PSNR beside the figure."""
+    options = ["--ckpt", own, "--device", "cpu", "--sample-steps", 2, "--num", 3]
+    call("--mode", "invert", *options, "--out", tmp_path / "figures")
+    assert sorted(os.listdir(tmp_path / "figures")) == ["inversion.json", "inversion.png"]
+    result = json.loads((tmp_path / "figures" / "inversion.json").read_text())
+    assert result["n"] == 3 and result["psnr"] > 0
+
+
 def test_invert_takes_every_format_and_no_hidden_file(own, tmp_path, capsys, error):
     photos = tmp_path / "photos"
     write_faces(photos, ["a.png", "b.bmp", "c.webp"])
