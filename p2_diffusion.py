@@ -1,7 +1,8 @@
 """Class-conditional diffusion on 28x28 digits with classifier-free guidance.
 
 Papers: DDPM (arXiv 2006.11239), classifier-free guidance (2207.12598), DDIM (2010.02502), DPM-Solver++
-(2211.01095), v-prediction (2202.00512), min-SNR weights (2303.09556), EMA and learning rate (2312.02696).
+(2211.01095), v-prediction (2202.00512), min-SNR weights (2303.09556), EMA and learning rate (2312.02696),
+guidance interval (2404.07724).
 
   python p2_diffusion.py --mode train --fast --ckpt fast.pt           # built-in digits, minutes
   python p2_diffusion.py --mode train --data hw2_data                 # the course's MNIST-M
@@ -107,7 +108,8 @@ class UNet(nn.Module):
 
         c = channels[0]
         skips = [c]
-        self.stem = nn.Conv2d(3 * patch**2, c, 3, padding=1)
+        pixels = 3 * patch**2
+        self.stem = nn.Conv2d(pixels, c, 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         for level, width in enumerate(channels):
@@ -125,9 +127,7 @@ class UNet(nn.Module):
                 c = width
             if level > 0:  # doubles H and W
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)))
-        self.out = nn.Sequential(
-            nn.GroupNorm(16, c), nn.SiLU(), zero(nn.Conv2d(c, 3 * patch**2, 3, padding=1))
-        )
+        self.out = nn.Sequential(nn.GroupNorm(16, c), nn.SiLU(), zero(nn.Conv2d(c, pixels, 3, padding=1)))
 
     def forward(self, x, t, y):
         frequencies = 1000 * torch.exp(torch.linspace(0, -math.log(1000), 32, device=x.device))
@@ -209,24 +209,25 @@ def diffusion_loss(model, x0, y, alpha_bar, prediction, gamma, stratified=True):
     return (weight.float() * (out - target).square().mean((1, 2, 3))).mean()
 
 
-def predictor(model, y, alpha_bar, prediction, guidance=0.0, bf16=False, clamp=True):
+def predictor(model, y, alpha_bar, prediction, guidance=0.0, interval=(0, 1), bf16=False, clamp=True):
     """The function predict(x, t) -> (x0, eps) that the samplers call; x (B, 3, H, W), t an int.
 
     clamp: x0 is clamped to [-1, 1]. eps agrees with x0.
     guidance: w of (1 + w) out(x, y) - w out(x, NULL), 2207.12598; both branches run as one batch.
+    interval: the part of the time t / T in which there is guidance, 2404.07724.
     """
 
     def predict(x, t):
-        branches = x
-        labels = y
-        if guidance > 0:
+        branches, labels = x, y
+        guided = guidance > 0 and interval[0] <= t / len(alpha_bar) <= interval[1]
+        if guided:
             branches = torch.cat([x, x])
             labels = torch.cat([y, torch.full_like(y, NULL)])
         time = torch.full((len(labels),), t, device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             out = model(branches, time, labels)
         out = out.float()
-        if guidance > 0:
+        if guided:
             conditional, unconditional = out.chunk(2)
             out = (1 + guidance) * conditional - guidance * unconditional
         a = alpha_bar[t].sqrt().item()
@@ -402,12 +403,12 @@ def to_uint8(x):
 
 
 @torch.inference_mode()
-def generate(model, settings, digits, numbers=None, seed=0, sampler="dpm++", calls=8, guidance=1.5, **more):
+def generate(model, settings, digits, numbers=None, seed=0, sampler="dpm++", calls=8, guidance=2.0, **more):
     """Images of `digits` (N integers in 0..9): uint8 (N, 3, H, W) on the CPU.
 
     model, settings: of load_model. numbers: tells images of one digit apart (default: 1 to N).
     An image depends on (seed, digit, number) alone. calls: of the network, for dpm++ and ddim.
-    more: eta of ddim; variance of ddpm; clamp; bf16; trace, a list that receives the first image's x_t.
+    more: guidance_interval; eta; variance; clamp; bf16; trace, a list for the first image's x_t.
     Raises ValueError for what the network cannot do.
     """
     if numbers is None:
@@ -419,8 +420,9 @@ def generate(model, settings, digits, numbers=None, seed=0, sampler="dpm++", cal
     noise = Noise(zip(digits, numbers), (3, settings.size, settings.size), seed, settings.device)
     y = torch.tensor(list(digits), device=settings.device)
     alpha_bar = make_alpha_bar(settings.schedule, settings.T, settings.beta_end)
-    options = dict(guidance=guidance, bf16=more.get("bf16", False), clamp=more.get("clamp", True))
-    network = predictor(model, y, alpha_bar, settings.prediction, **options)
+    options = dict(bf16=more.get("bf16", False), clamp=more.get("clamp", True))
+    interval = more.get("guidance_interval", (0.3, 0.9))
+    network = predictor(model, y, alpha_bar, settings.prediction, guidance, interval, **options)
 
     def predict(x, t):
         if "trace" in more:
@@ -443,7 +445,8 @@ def generate(model, settings, digits, numbers=None, seed=0, sampler="dpm++", cal
 def sampling(args):
     """The keyword arguments of `generate` that the command line sets."""
     options = dict(seed=args.seed, sampler=args.sampler, calls=args.sample_steps, guidance=args.guidance)
-    return dict(options, eta=args.eta, variance=args.variance, clamp=args.clamp, bf16=args.bf16)
+    options.update(guidance_interval=args.guidance_interval, eta=args.eta, variance=args.variance)
+    return dict(options, clamp=args.clamp, bf16=args.bf16)
 
 
 def describe(args, settings):
@@ -509,9 +512,7 @@ def grid(args):
     titles = [f"after {k}" for k in numbers]
     save_grid(out / "reverse.png", states[None], [0], titles, f"reverse process, {how}", scale=1.5)
 
-    weights = [0.0]
-    if settings.label_dropout > 0:
-        weights = [0.0, 0.5, 2.0]
+    weights = [0.0, 0.5, 2.0] if settings.label_dropout > 0 else [0.0]
     classifier, _, own = digit_classifier(args.data, args.classifier, Path(args.ckpt).parent, args.device)
     print(f"classifier {own}")
     digits = [digit for digit in range(DIGITS) for _ in range(args.num)]
@@ -920,7 +921,9 @@ REPORTS = {
         label_dropout=0.1, guidance=2.0, variance="beta", clamp=False,  # (r) all but guidance: 0, 0.5 and 2
     ),
 }  # fmt: skip
-EVERY_REPORT = dict(prediction="eps", gamma=0.0, t_sampling="uniform", sampler="ddpm")
+EVERY_REPORT = dict(
+    prediction="eps", gamma=0.0, t_sampling="uniform", sampler="ddpm", guidance_interval=[0, 1]
+)
 
 
 # ---------------- service: files, checkpoints, command line ----------------
@@ -1344,7 +1347,9 @@ def add_options(p):
     add(g, "--variance", "posterior", "ddpm: variance of the noise", choices=("posterior", "beta"))
     text = "keep the predicted image in [-1, 1]"
     g.add_argument("--clamp", action=argparse.BooleanOptionalAction, default=True, help=text)
-    add(g, "--guidance", 1.5, "w of (1 + w) out(x, y) - w out(x, null); 0: none", type=number(float, 0))
+    add(g, "--guidance", 2.0, "w of (1 + w) out(x, y) - w out(x, null); 0: none", type=number(float, 0))
+    text = "the part of the time t / T in which there is guidance"
+    add(g, "--guidance-interval", [0.3, 0.9], text, type=share, nargs=2, metavar="SHARE")
     text = "grid: after which sampler steps the reverse process is shown"
     add(g, "--states", None, text, "six, evenly", type=number(int, 0), nargs="+", metavar="STEP")
 
@@ -1417,6 +1422,9 @@ def parse_args(argv=None):
         if args.steps != p.get_default("steps"):
             fail(f"--epochs {args.epochs} and --steps {args.steps}: expected one of them")
         args.steps = None
+    low, high = args.guidance_interval
+    if low > high:
+        fail(f"--guidance-interval {low} {high}: expected the smaller number first")
     if args.eta > 0 and args.sampler != "ddim":
         fail(f"--eta {args.eta} with --sampler {args.sampler}: eta is DDIM's; pass --sampler ddim")
     name = f"{NAME}_{args.report}" if args.report else NAME

@@ -268,12 +268,13 @@ def p2(options):
         accuracy = 100 * quality.accuracy(quality.val, quality.labels)
         print(f"the classifier is right on {accuracy:.2f} % of all {len(quality.val)} real val images")
         print(f"fd_efflite0: against {quality.count} real val images; smaller N gives a larger distance")
-    print(f"guidance {args.guidance}\n")
+    low, high = args.guidance_interval
+    print(f"guidance {args.guidance} from t / T = {low} to {high}\n")
     print(
         "| sampler | steps | N | seconds per 1000 | accuracy | diversity | fd_efflite0 |\n" + "|---" * 7 + "|"
     )
     fewer = max(options.num // 5, 1)  # of DDPM, which takes long
-    rows = [("dpm++", 10, options.num), ("dpm++", 15, options.num), ("dpm++", 20, options.num)]
+    rows = [("dpm++", 8, options.num), ("dpm++", 15, options.num)]
     rows += [("ddim", 50, options.num), ("ddpm", settings.T, fewer)]
     for sampler, calls, num in rows:
         how = dict(sampler=sampler, calls=calls, guidance=args.guidance, bf16=args.bf16)

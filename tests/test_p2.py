@@ -173,6 +173,12 @@ def test_guidance():
     assert seen == [[0, 1, 2, 3, 10, 10, 10, 10]]  # one batch for both branches
     v = 3 * 0.01 * y.float() - 2 * 0.01 * 10
     assert torch.allclose(guided, (a * x - s * v.view(-1, 1, 1, 1)).float(), atol=1e-6)
+    seen.clear()
+    predict = p2.predictor(model, y, alpha_bar, "v", 2.0, (0.3, 0.9))
+    assert torch.equal(predict(x, 10)[0], guided)  # t / T = 0.5
+    for t in (5, 6, 18, 19):
+        predict(x, t)
+    assert [len(labels) for labels in seen] == [8, 4, 8, 8, 4]
 
 
 def test_prediction_targets_are_recovered():
@@ -726,6 +732,8 @@ def test_help(capsys):
         ["--width", "9"],
         ["--stepz", "5"],
         ["--eta", "0.5"],
+        ["--guidance-interval", "0.9", "0.3"],
+        ["--guidance-interval", "0.3", "1.1"],
     ],
 )
 def test_wrong_options(arguments, error):

@@ -91,7 +91,7 @@ def test_presets():
     found = args.T, args.batch_size, args.epochs, args.steps, args.lr, args.optimizer, args.ema, args.sampler
     assert found == (400, 256, 25, None, 1e-4, "adam", 0.0, "ddpm")
     assert args.prediction == "eps" and args.gamma == 0 and args.clip == math.inf and not args.clamp
-    assert args.ckpt == "checkpoints/p2_diffusion_2023.pt"
+    assert args.ckpt == "checkpoints/p2_diffusion_2023.pt" and args.guidance_interval == [0, 1]
     args = parse("--report", "2023", "--steps", "200", "--sampler", "ddim", "--guidance", "0.5", "--clamp")
     assert (args.steps, args.sampler, args.guidance, args.clamp) == (200, "ddim", 0.5, True)
     assert parse("--report", "2022c", "--T", "500").T == 500
