@@ -924,7 +924,7 @@ figcaption { padding: .6rem .9rem .8rem; font-size: .9rem }
 .scroll, pre { overflow-x: auto }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .92rem; font-variant-numeric: tabular-nums }
 td { border-bottom: 1px solid var(--line); padding: .35rem 1rem .35rem 0; vertical-align: top }
-td + td { overflow-wrap: normal }
+td + td { overflow-wrap: normal } td:first-child { min-width: 10rem }
 tr:first-child td { color: var(--soft); font-size: .82rem }
 .pass { color: var(--good); font-weight: 600 } .fail { color: var(--bad); font-weight: 600 }
 details { margin-top: .8rem } summary { cursor: pointer; color: var(--mark) } pre { font-size: .8rem }
@@ -949,18 +949,19 @@ LABELS |= {
     "mse": "mean squared error",
     "largest": "largest mean squared error",
 }
+DOMAIN_NAMES = {"mnistm": "MNIST-M", "svhn": "SVHN", "usps": "USPS"}
 # problem or method, label: the better of two, the course's bar, best of the reports
 BARS = {
-    "p1 FID": (min, 27.0, "22.97"),
-    "p1 face rate": (max, 0.90, "0.922"),
-    "p1 digit accuracy": (max, 0.80, "0.998"),
-    "p2 digit accuracy": (max, 0.95, "0.999"),
-    "p3 mean squared error": (min, "", "0.0072"),
-    "p3 largest mean squared error": (min, 20.0, ""),
-    "dann mnistm-svhn": (max, 0.40, "0.528"),
-    "dann mnistm-usps": (max, 0.76, "0.933"),
-    "dann svhn-mnistm": (max, 0.42, "0.516"),
-    "dann usps-svhn": (max, 0.28, "0.342"),
+    "p1 FID": (min, 27.0, 22.97),
+    "p1 face rate": (max, 0.90, 0.922),
+    "p1 digit accuracy": (max, 0.80, 0.998),
+    "p2 digit accuracy": (max, 0.95, 0.999),
+    "p3 mean squared error": (min, None, 0.0072),
+    "p3 largest mean squared error": (min, 20.0, None),
+    "dann MNIST-M → SVHN": (max, 0.40, 0.528),
+    "dann MNIST-M → USPS": (max, 0.76, 0.933),
+    "dann SVHN → MNIST-M": (max, 0.42, 0.516),
+    "dann USPS → SVHN": (max, 0.28, 0.342),
 }
 # what a figure shows; the first part of its name that is found here counts
 CAPTIONS = {
@@ -973,7 +974,7 @@ CAPTIONS = {
     "first": "The first images, one for each noise.",
     "eta_grid": "Rows are eta, columns noises. At eta 0 a noise has one face; added noise changes it.",
     "inversion": "Faces, the noises that DDIM finds for them, and what comes back.",
-    "interpolation_p1": "From one latent to another on the sphere: does each face stay one?",
+    "interpolation_p1": "From one latent to another on the sphere: does each image look real?",
     "interpolation": "Between two noises. With lerp (below slerp) the noise in the middle is too short.",
     "training": "What was logged in training.",
 }
@@ -990,8 +991,9 @@ def read_scores(path):
         if path.name == "table.json":  # of p4: key is a method
             report = path.parent.name.removeprefix("p4_table").replace("_", " ")
             for scenario, runs in value.items():
+                label = " → ".join(DOMAIN_NAMES[domain] for domain in scenario.split("-"))
                 share = np.mean([run["accuracy"] for run in runs])
-                scores.append(("p4", key[:4], scenario, key + report, share, len(runs)))
+                scores.append(("p4", key[:4], label, key + report, share, len(runs)))
         elif key in labels:
             value = np.ravel(value)[0]  # of mean and deviation the mean
             problem, whose = path.stem[:2], path.stem[3:]
@@ -1001,15 +1003,25 @@ def read_scores(path):
     return [(*score[:4], float(score[4]), score[5]) for score in scores]
 
 
+def shown(label, value):
+    """A share in per cent, any other number with four digits."""
+    if value is None:
+        return ""
+    if label in ("digit accuracy", "face rate") or "→" in label:
+        return f"{100 * value:.1f} %"
+    return f"{value:.4g}"
+
+
 def score_table(scores, bars):
     """Rows [what, value, number of images or networks, bar, best of the reports, verdict]."""
-    rows = [("", "here", "N", "course's bar", "best of the reports", "")]
+    rows = [("", "here", "images or networks", "course's bar", "best of the reports", "")]
     for _, problem, label, whose, value, n in scores:
-        better, bar, best = bars.get(f"{problem} {label}", (max, "", ""))
+        better, bar, best = bars.get(f"{problem} {label}", (max, None, None))
         verdict = ""
-        if bar != "":
+        if bar is not None:
             verdict = "pass" if better(value, bar) == value else "fail"
-        rows.append((f"{label}, {whose}", f"{value:.4g}", n, bar, best, verdict))
+        numbers = shown(label, value), n, shown(label, bar), shown(label, best)
+        rows.append((f"{label}, {whose}", *numbers, verdict))
     return rows
 
 
@@ -1017,8 +1029,8 @@ def figure(path):
     """A PNG or a text as HTML; ValueError where it is damaged."""
     _, _, report = path.parent.name.partition("_figures")
     caption = next((text for part, text in CAPTIONS.items() if part in path.stem), path.stem)
-    whose = path.stem.partition("_p1_")[2] + report.replace("_", " ")
-    caption = html.escape(f"{caption} {whose}".strip())
+    whose = f"{path.stem.partition('_p1_')[2]}{report.replace('_', ' ')}".strip()
+    caption = html.escape(f"{whose}: {caption}" if whose else caption)
     if path.suffix == ".txt":
         text = html.escape(path.read_text(encoding="utf-8", errors="backslashreplace"))
         return f"<details><summary>{html.escape(path.stem)}</summary><pre>{text}</pre></details>"
@@ -1046,12 +1058,17 @@ def card(problem, scores, bars):
     if not known:
         return f'<a class="card" href="#{problem}"><span>{TITLES[problem]}</span></a>'
     label = known[0][2]
-    better, bar, best = bars.get(f"{known[0][1]} {label}", (max, "", ""))
-    value = better(score[4] for score in known if score[2] == label)
-    text = f"{label}, the course's bar {bar}, the reports' best {best}" if bar != "" else label
+    better, bar, best = bars.get(f"{known[0][1]} {label}", (max, None, None))
+    score = better([score for score in known if score[2] == label], key=lambda score: score[4])
+    value = shown(label, score[4])
+    text = f"{label}, {score[3]}"
+    if bar is not None:
+        text += f"; the course's bar {shown(label, bar)}"
+    if best is not None:
+        text += f"; the reports' best {shown(label, best)}"
     return (
         f'<a class="card" href="#{problem}"><span>{TITLES[problem]}</span>'
-        f"<b>{value:.4g}</b><small>{html.escape(text)}</small></a>"
+        f"<b>{value}</b><small>{html.escape(text)}</small></a>"
     )
 
 
