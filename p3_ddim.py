@@ -184,7 +184,7 @@ class UNet(nn.Module):
 def build(args):
     """The network that `args` describes, on args.device."""
     net = UNet(args.channels, args.blocks, args.attention, args.dropout)
-    if args.device.type == "cuda":  # on CPUs GroupNorm is several times slower in channels_last
+    if args.device.type == "cuda":  # on CPUs GroupNorm's gradient is several times slower in channels_last
         net = net.to(memory_format=torch.channels_last)
     return net.to(args.device)
 
@@ -915,7 +915,8 @@ def load_model(path, device="cpu"):
     settings = argparse.Namespace(**{**OWN, **ckpt["args"], "device": torch.device(device)})
     model = build(settings)
     load_weights(model, ckpt["ema"], path)
-    return model.eval(), settings
+    # without gradients channels_last is a fifth faster, on CPUs too
+    return model.to(memory_format=torch.channels_last).eval(), settings
 
 
 def progress_bar(args, total, what, unit, initial=0):
