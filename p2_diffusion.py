@@ -327,12 +327,12 @@ def learning_rate(args, step, steps):
 
 
 @torch.no_grad()
-def update_ema(ema, model, step, decay=None):
-    """Exponential average of the weights; decay 0 copies them.
+def update_ema(ema, model, step, decay=1.0):
+    """Power-function average of the weights over about the last tenth (2312.02696, equation 15).
 
-    Without decay: a power-function average over about the last tenth (2312.02696, equation 15).
+    decay below 1: exponential, once that is the shorter average; 0 copies the weights.
     """
-    weight = 1 - (1 - 1 / step) ** 17 if decay is None else 1 - decay
+    weight = max(1 - (1 - 1 / step) ** 17, 1 - decay)
     for average, parameter in zip(ema.parameters(), model.parameters()):
         average.lerp_(parameter, weight)
     for average, buffer in zip(ema.buffers(), model.buffers()):
@@ -1320,7 +1320,8 @@ def add_options(p):
     schedules = ("sqrt", "constant", "linear", "cosine")
     add(g, "--lr-schedule", "sqrt", "how the rate falls; linear and cosine end at 0", choices=schedules)
     add(g, "--clip", 1.0, "largest norm of the gradient, or inf", type=float)
-    add(g, "--ema", None, "decay of the averaged weights", "the last tenth of training", type=share)
+    text = "decay of the averaged weights, which hold the last tenth of training at most; 1: that tenth"
+    add(g, "--ema", 1.0, text, type=share)
     add(g, "--label-dropout", 0.1, "share of labels replaced by the null class", type=share)
     add(g, "--gamma", 5.0, "min-SNR weighting; 0 switches it off", type=number(float, 0))
     add(g, "--prediction", "v", "what the network predicts", choices=("v", "eps"))

@@ -257,6 +257,10 @@ def test_ema_averages_parameters_and_copies_buffers():
     assert (ema.init_conv.conv1[1].running_mean == 7).all()
     p2.update_ema(ema, model, 1)
     assert torch.equal(ema.out[0].weight, model.out[0].weight)
+    for decay, step, k in ((0.9995, 100, 0.99**17), (0.9, 1000, 0.9), (0.0, 1000, 0.0)):
+        ema.out[0].weight.data.zero_()
+        p2.update_ema(ema, model, step, decay)
+        assert torch.allclose(ema.out[0].weight, (1 - k) * model.out[0].weight, atol=1e-6)
 
 
 # ------------------------------------------------------------------ training
