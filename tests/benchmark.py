@@ -276,7 +276,7 @@ def p2(options):
     rows = [("dpm++", 8, options.num), ("dpm++", 15, options.num)]
     rows += [("ddim", 50, options.num), ("ddpm", settings.T, fewer)]
     for sampler, calls, num in rows:
-        how = dict(sampler=sampler, calls=calls, guidance=args.guidance, bf16=args.bf16)
+        how = {**p2_diffusion.sampling(args), "sampler": sampler, "calls": calls}
         made, digits, seconds = sample_digits(model, settings, num, how)
         cells = "- | - | -"
         if quality is not None:
@@ -323,7 +323,7 @@ def p3_training(options, device):
 def course_network(options, device):
     """Seconds of a step of the course's network at 256x256, with random weights."""
     torch.manual_seed(0)
-    model = p3_ddim.UNet().to(device).eval()
+    model = p3_ddim.UNet().to(device, memory_format=torch.channels_last).eval()  # as load_model has it
     x = torch.randn(1, 3, 256, 256, device=device)
     alpha_bar = p3_ddim.make_alpha_bar()
     calls = {}
