@@ -106,8 +106,9 @@ def list_images(folder, at_least=1, strict=False):
     others = sorted(set(entries) - set(images))
     left_out = " ".join([f"{len(others)} other entries", *(path.name for path in others[:3])])
     if len(images) < at_least or (strict and others):
-        found = f"found {len(images) or 'no'} image and {left_out}"
-        raise ValueError(f"{folder}: {found}; expected {at_least} or more images")
+        found = f"found {len(images) or 'no'} images and {left_out}"
+        expected = f"expected {at_least} or more images" + (" and nothing else" if strict else "")
+        raise ValueError(f"{folder}: {found}; {expected}")
     if others:
         print(f"note: {folder}: {len(images)} images, left out {left_out}", file=sys.stderr)
     return images
@@ -622,9 +623,10 @@ def score_digits(folder, data, classifier, beside, device):
     net, state, own = digit_classifier(data, classifier, beside, device)
     right = classify(net, images) == labels
     if data is None and "diversity" in state:
-        reference = state["diversity"].to(device)
+        reference, real = state["diversity"].to(device), "MNIST-M's"
     else:
         reference = diversity(*(v.to(device) for v in load_digits(data, "mnistm", "train")))
+        real = "the built-in digits'" if data is None else f"those of {data}"
     ratio = diversity(images, labels) / reference
     result = {"n": len(paths), "accuracy": right.sum().item() / len(paths)}
     result |= {"diversity": ratio.nanmean().item(), "classifier": own, "per_digit": {}}
@@ -633,7 +635,7 @@ def score_digits(folder, data, classifier, beside, device):
         accuracy = right[labels == digit].float().mean().item()
         result["per_digit"][digit] = {"accuracy": accuracy, "diversity": ratio[digit].item()}
         print(f"{digit:5d}  {accuracy:8.3f}  {ratio[digit].item():9.3f}")
-    print(f"diversity = {result['diversity']:.3f} (within-digit standard deviation of pixels / real images')")
+    print(f"diversity = {result['diversity']:.3f} (within-digit standard deviation of pixels / {real})")
     print(f"acc = {result['accuracy']} (correct/total = {right.sum().item()}/{len(paths)})")
     return result
 

@@ -488,7 +488,7 @@ def evaluate(args):
     if Path(args.ckpt).is_file():
         method = load_checkpoint(args.ckpt)["args"]["method"]
     if method == "acgan":
-        result = score_digits(args.input, args.data, None, Path(args.ckpt).parent, args.device)
+        result = score_digits(args.input, args.data, args.classifier, Path(args.ckpt).parent, args.device)
     elif args.data is None:
         raise ValueError("--mode eval needs --data DIR, whose face/val is the reference")
     else:
@@ -1036,6 +1036,8 @@ def add_options(p):
     text = "checkpoint to write or read, its log.csv beside it; grid takes several"
     add(p, "--ckpt", None, text, own, metavar="FILE", nargs="+", dest="ckpts")
     add(p, "--note", "", "export: what the file says of itself, such as its figures", "none", metavar="TEXT")
+    text = "eval of acgan: weights in the course's format"
+    add(p, "--classifier", None, text, "trained if missing", metavar="FILE")
     add(p, "--inception", None, "eval: weights of pytorch-fid", "downloaded once", metavar="FILE")
     text = "sample: faces in all, or digits of each class"
     add(p, "--num", None, text, f"{FACE_NUM} faces, {DIGIT_NUM} of each digit", type=positive)
@@ -1199,6 +1201,8 @@ def main(argv=None):
         message = str(e)
         if isinstance(e, OSError) and e.filename is not None:
             message = f"{e.filename}: {e.strerror}"
+            if isinstance(e, FileExistsError):  # of mkdir
+                message += ", expected a folder"
         if isinstance(e, ImportError):
             message = f"{e}; pip install -r requirements.txt, and keep common.py beside this file"
         print(f"error: {message}", file=sys.stderr)

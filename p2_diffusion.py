@@ -43,7 +43,7 @@ NULL = 10  # the class index that stands for "no label"
 
 
 def zero(layer):
-    """Starts a layer at zero: its residual block starts as the identity."""
+    """Starts a layer at zero: its residual block starts as its skip connection."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, -1, h * w)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (B, heads, HW, head)
-        y = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+        y = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
         return x + self.out(y.transpose(-1, -2).reshape(b, c, h, w))
 
 
@@ -122,7 +122,7 @@ class UNet(nn.Module):
                 skips.append(c)
         self.middle = nn.ModuleList([ResBlock(c, c, c_emb, dropout, True), ResBlock(c, c, c_emb, dropout)])
         for level, width in reversed(list(enumerate(channels))):
-            for _ in range(blocks + 1):
+            for _ in range(blocks + 1):  # one more: the skip of the stem or of the downsampling
                 self.up.append(ResBlock(c + skips.pop(), width, c_emb, dropout, level > 0))
                 c = width
             if level > 0:  # doubles H and W
@@ -189,24 +189,20 @@ def diffusion_loss(model, x0, y, alpha_bar, prediction, gamma, stratified=True):
         u = (torch.rand(1, device=x0.device) + torch.arange(b, device=x0.device) / b) % 1
     else:
         u = torch.rand(b, device=x0.device)
-    t = (u * T).long().clamp(max=T - 1)
+    t = (u * T).long().clamp(max=T - 1)  # rounding can give T
     a = alpha_bar[t].sqrt().float().view(-1, 1, 1, 1)
     s = (1 - alpha_bar[t]).sqrt().float().view(-1, 1, 1, 1)
     eps = torch.randn_like(x0)
     out = model(a * x0 + s * eps, t, y).float()
 
-    # min(snr, gamma) weighs the error of x0, which is 1 / snr times that of eps
-    # and 1 / (snr + 1) times that of v
-    snr = alpha_bar[t] / (1 - alpha_bar[t])
-    if prediction == "eps":
-        target = eps
-        weight = snr.clamp(max=gamma) / snr
-    else:
-        target = a * eps - s * x0  # v, 2202.00512
-        weight = snr.clamp(max=gamma) / (snr + 1)
+    target = eps if prediction == "eps" else a * eps - s * x0  # v, 2202.00512
+    error = (out - target).square().mean((1, 2, 3))
     if gamma == 0:
-        weight = torch.ones_like(snr)
-    return (weight.float() * (out - target).square().mean((1, 2, 3))).mean()
+        return error.mean()
+    # min(snr, gamma) weighs the error of x0: 1 / snr times that of eps, 1 / (snr + 1) times that of v
+    snr = alpha_bar[t] / (1 - alpha_bar[t])
+    weight = snr.clamp(max=gamma) / (snr if prediction == "eps" else snr + 1)
+    return (weight.float() * error).mean()
 
 
 def predictor(model, y, alpha_bar, prediction, guidance=0.0, interval=(0, 1), bf16=False, clamp=True):
@@ -223,9 +219,9 @@ def predictor(model, y, alpha_bar, prediction, guidance=0.0, interval=(0, 1), bf
         if guided:
             branches = torch.cat([x, x])
             labels = torch.cat([y, torch.full_like(y, NULL)])
-        time = torch.full((len(labels),), t, device=x.device)
+        steps = torch.full((len(labels),), t, device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            out = model(branches, time, labels)
+            out = model(branches, steps, labels)
         out = out.float()
         if guided:
             conditional, unconditional = out.chunk(2)
@@ -251,28 +247,29 @@ def ddpm(predict, x, alpha_bar, times, noise, variance="posterior"):
     variance: of the noise, "posterior" or "beta" (section 3.2 has both); the last step adds none.
     """
     levels = [*alpha_bar[times].tolist(), 1.0]
-    for t, a, b in zip(times, levels, levels[1:]):
+    for t, bar, bar_next in zip(times, levels, levels[1:]):
         x0, _ = predict(x, t)
-        beta = 1 - a / b
-        mean = math.sqrt(b) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * (1 - b) / (1 - a) * x
-        sigma = math.sqrt((1 - b) / (1 - a) * beta)
-        if variance == "beta" and b < 1:
+        alpha = bar / bar_next  # of this step alone
+        beta = 1 - alpha
+        mean = math.sqrt(bar_next) * beta / (1 - bar) * x0 + math.sqrt(alpha) * (1 - bar_next) / (1 - bar) * x
+        sigma = math.sqrt((1 - bar_next) / (1 - bar) * beta)
+        if variance == "beta" and bar_next < 1:
             sigma = math.sqrt(beta)
         x = mean + sigma * noise()
     return x
 
 
 def ddim(predict, x, alpha_bar, times, eta=0.0, noise=None, end=1.0):
-    """DDIM (2010.02502, equation 12); x: noise (B, 3, H, W). Returns images in [-1, 1].
+    """DDIM (2010.02502, equations 12 and 16); x: noise (B, 3, H, W). Returns images in [-1, 1].
 
     eta: 0 is deterministic, 1 as noisy as ddpm. noise() -> like x is needed for eta > 0.
     end: the alpha_bar of the result.
     """
     levels = [*alpha_bar[times].tolist(), end]
-    for t, a, b in zip(times, levels, levels[1:]):
+    for t, bar, bar_next in zip(times, levels, levels[1:]):
         x0, eps = predict(x, t)
-        sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
-        x = math.sqrt(b) * x0 + math.sqrt(1 - b - sigma**2) * eps
+        sigma = eta * math.sqrt((1 - bar_next) / (1 - bar) * (1 - bar / bar_next))  # eta times that of ddpm
+        x = math.sqrt(bar_next) * x0 + math.sqrt(1 - bar_next - sigma**2) * eps
         if sigma > 0:
             x = x + sigma * noise()
     return x
@@ -285,11 +282,12 @@ def dpm_solver(predict, x, alpha_bar, times):
     before = None  # (h, x0) of the step before
     for t, t_next in zip(times, times[1:]):
         x0, _ = predict(x, t)
-        h = math.log(a[t_next] / s[t_next]) - math.log(a[t] / s[t])  # the step in log-SNR
-        direction = x0
+        h = math.log(a[t_next] / s[t_next]) - math.log(a[t] / s[t])  # the step in lambda, half the log-SNR
+        middle = x0
         if before is not None:  # second order: x0 extrapolated to the middle of the step
-            direction = x0 + (x0 - before[1]) * h / (2 * before[0])
-        x = s[t_next] / s[t] * x - a[t_next] * math.expm1(-h) * direction
+            middle = x0 + (x0 - before[1]) * h / (2 * before[0])
+        # exact where x0 stays `middle` during the step; with middle = x0 it is a step of DDIM
+        x = s[t_next] / s[t] * x - a[t_next] * math.expm1(-h) * middle
         before = (h, x0)
     return predict(x, times[-1])[0]
 
@@ -300,9 +298,9 @@ def even_times(T, calls):
 
 
 def log_snr_times(alpha_bar, calls, last):
-    """Times from T - 1 down to `last`, evenly spaced in log-SNR where it is above -8.
+    """Times from T - 1, pure noise, down to `last`; evenly spaced in lambda, half the log-SNR, from -4 on.
 
-    Below that there is nothing to decide. Fewer than `calls` where two coincide.
+    Below -4 an image is almost pure noise. Fewer than `calls` times where two coincide.
     """
     lambda_ = (alpha_bar / (1 - alpha_bar)).log() / 2
     grid = torch.linspace(max(lambda_[-1].item(), -4.0), lambda_[last].item(), calls, dtype=torch.float64)
@@ -318,19 +316,14 @@ def learning_rate(args, step, steps):
     """The rate at a step of 1 to `steps`, args.lr at most."""
     if args.lr_schedule == "sqrt":  # warm-up, then 1 / sqrt decay (2312.02696), whatever the number of steps
         return args.lr * min(step / 200, 1) / max((step - 1) / 5000, 1) ** 0.5
-    progress = (step - 1) / steps
-    if args.lr_schedule == "linear":
-        return args.lr * (1 - progress)
-    if args.lr_schedule == "cosine":  # a tenth is warm-up
-        return args.lr * min(10 * progress, 0.5 + 0.5 * math.cos((progress - 0.1) / 0.9 * math.pi))
-    return args.lr
+    return args.lr * REPORT_RATES[args.lr_schedule]((step - 1) / steps)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay=1.0):
-    """Power-function average of the weights over about the last tenth (2312.02696, equation 15).
+    """Power-function average of the weights over about the last tenth (2312.02696, equation 15: gamma 16).
 
-    decay below 1: exponential, once that is the shorter average; 0 copies the weights.
+    decay: below 1, the average reaches no further than an exponential one of this decay; 0 copies.
     """
     weight = max(1 - (1 - 1 / step) ** 17, 1 - decay)
     for average, parameter in zip(ema.parameters(), model.parameters()):
@@ -422,12 +415,12 @@ def generate(model, settings, digits, numbers=None, seed=0, sampler="dpm++", cal
     alpha_bar = make_alpha_bar(settings.schedule, settings.T, settings.beta_end)
     options = dict(bf16=more.get("bf16", False), clamp=more.get("clamp", True))
     interval = more.get("guidance_interval", (0.3, 0.9))
-    network = predictor(model, y, alpha_bar, settings.prediction, guidance, interval, **options)
+    plain = predictor(model, y, alpha_bar, settings.prediction, guidance, interval, **options)
 
     def predict(x, t):
         if "trace" in more:
             more["trace"].append(to_uint8(x[0]))
-        return network(x, t)
+        return plain(x, t)
 
     if sampler == "ddpm":
         times = even_times(settings.T, settings.T)
@@ -571,7 +564,7 @@ class ReportAttention(nn.Module):
         qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, -1, h * w)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (B, heads, HW, head)
         if self.linear:
-            y = q.softmax(-1) * q.shape[-1] ** -0.5 @ (k.softmax(-2).transpose(-1, -2) @ v / (h * w))
+            y = (q.softmax(-1) * q.shape[-1] ** -0.5) @ (k.softmax(-2).transpose(-1, -2) @ v / (h * w))
         else:
             y = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(y.transpose(-1, -2).reshape(b, -1, h, w))
@@ -925,6 +918,13 @@ EVERY_REPORT = dict(
     prediction="eps", gamma=0.0, t_sampling="uniform", sampler="ddpm", guidance_interval=[0, 1]
 )
 
+REPORT_RATES = {  # progress in [0, 1) -> factor of the rate
+    "constant": lambda progress: 1,
+    "linear": lambda progress: 1 - progress,
+    # a tenth is warm-up
+    "cosine": lambda progress: min(10 * progress, 0.5 + 0.5 * math.cos((progress - 0.1) / 0.9 * math.pi)),
+}
+
 
 # ---------------- service: files, checkpoints, command line ----------------
 
@@ -1193,22 +1193,31 @@ class Run:
             print(f"warning: {e}; training goes on", file=sys.stderr)
 
     def resume(self):
-        """Loads args.ckpt into the parts; raises ValueError where settings or images differ."""
+        """Loads args.ckpt into the parts; raises ValueError where settings or images differ.
+
+        A file of --mode export has the averaged weights alone: the networks start from them, the optimiser
+        anew, and the images may be others.
+        """
         ckpt = load_checkpoint(self.args.ckpt)
-        if "optim" not in ckpt:
-            raise ValueError(f"--resume: {self.args.ckpt} does not hold the state of training")
-        old = {**ckpt["args"], "images": ckpt["images"]}
+        exported = "optim" not in ckpt
+        old = {"images": self.images, **ckpt["args"]}
         new = {**self.settings, "images": self.images}
+        if not exported:
+            old["images"] = ckpt["images"]
         differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
         if differ:
             raise ValueError(f"--resume {self.args.ckpt} with other settings: {', '.join(differ)}")
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
-                load_weights(part, ckpt[name], self.args.ckpt)
-            else:
+                load_weights(part, ckpt["ema" if exported else name], self.args.ckpt)
+            elif not exported:
                 part.load_state_dict(ckpt[name])
         self.step = ckpt["step"]
         self.seconds = ckpt["seconds"]
+        if exported:
+            self.say(f"{self.args.ckpt}: averaged weights of step {self.step}, a fresh optimiser")
+            torch.manual_seed(self.args.seed + self.step)
+            return
         self.log = ckpt["log"]
         torch.set_rng_state(ckpt["rng"]["cpu"])
         if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
@@ -1468,6 +1477,8 @@ def main(argv=None):
         message = str(e)
         if isinstance(e, OSError) and e.filename is not None:
             message = f"{e.filename}: {e.strerror}"
+            if isinstance(e, FileExistsError):  # of mkdir
+                message += ", expected a folder"
         if isinstance(e, ImportError):
             message = f"{e}; pip install -r requirements.txt, and keep common.py beside this file"
         print(f"error: {message}", file=sys.stderr)

@@ -150,7 +150,7 @@ class UNet(nn.Module):
         middle = [Block(c, c, c_time, dropout, attention=True), Block(c, c, c_time, dropout)]
         up = []
         for level, width in reversed(list(enumerate(channels))):
-            for _ in range(blocks + 1):
+            for _ in range(blocks + 1):  # one more: the skip of the stem or of the downsampling
                 up.append(Block(c + skips.pop(), width, c_time, dropout, 2**level in attention))
                 c = width
             if level > 0:
@@ -204,7 +204,7 @@ def diffusion_loss(model, x0, alpha_bar, gamma):
     """
     b = len(x0)
     u = (torch.rand(1, device=x0.device) + torch.arange(b, device=x0.device) / b) % 1
-    t = (u * T).long().clamp(max=T - 1)
+    t = (u * T).long().clamp(max=T - 1)  # rounding can give T
     a = alpha_bar[t].sqrt().float().view(-1, 1, 1, 1)
     s = (1 - alpha_bar[t]).sqrt().float().view(-1, 1, 1, 1)
     eps = torch.randn_like(x0)
@@ -226,9 +226,9 @@ def predictor(model, alpha_bar, prediction, bf16=False, clamp=True):
     """
 
     def predict(x, t):
-        time = torch.full((len(x),), t, device=x.device)
+        steps = torch.full((len(x),), t, device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            out = model(x, time)
+            out = model(x, steps)
         out = out.float()
         a = alpha_bar[t].sqrt().item()
         s = (1 - alpha_bar[t]).sqrt().item()
@@ -251,25 +251,26 @@ def ddpm(predict, x, alpha_bar, times, noise):
     x: normal noise (B, 3, H, W). noise() returns fresh noise like x. Returns images in [-1, 1].
     """
     levels = [*alpha_bar[times].tolist(), 1.0]
-    for t, a, b in zip(times, levels, levels[1:]):
+    for t, bar, bar_next in zip(times, levels, levels[1:]):
         x0, _ = predict(x, t)
-        beta = 1 - a / b
-        mean = math.sqrt(b) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * (1 - b) / (1 - a) * x
-        x = mean + math.sqrt((1 - b) / (1 - a) * beta) * noise()
+        alpha = bar / bar_next  # of this step alone
+        beta = 1 - alpha
+        mean = math.sqrt(bar_next) * beta / (1 - bar) * x0 + math.sqrt(alpha) * (1 - bar_next) / (1 - bar) * x
+        x = mean + math.sqrt((1 - bar_next) / (1 - bar) * beta) * noise()
     return x
 
 
 def ddim(predict, x, alpha_bar, times, eta=0.0, noise=None, end=1.0):
-    """DDIM (2010.02502, equation 12); x: noise (B, 3, H, W). Returns images in about [-1, 1].
+    """DDIM (2010.02502, equations 12 and 16); x: noise (B, 3, H, W). Returns images in about [-1, 1].
 
     eta: 0 is deterministic, 1 as noisy as ddpm. noise() -> like x is needed for eta > 0.
     end: the alpha_bar of the result.
     """
     levels = [*alpha_bar[times].tolist(), end]
-    for t, a, b in zip(times, levels, levels[1:]):
+    for t, bar, bar_next in zip(times, levels, levels[1:]):
         x0, eps = predict(x, t)
-        sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
-        x = math.sqrt(b) * x0 + math.sqrt(1 - b - sigma**2) * eps
+        sigma = eta * math.sqrt((1 - bar_next) / (1 - bar) * (1 - bar / bar_next))  # eta times that of ddpm
+        x = math.sqrt(bar_next) * x0 + math.sqrt(1 - bar_next - sigma**2) * eps
         if sigma > 0:
             x = x + sigma * noise()
     return x
@@ -282,11 +283,12 @@ def ddim_inverse(predict, x, alpha_bar, times, iterations=3, end=1.0):
     iterations: network calls per step; 1 is the usual inversion, which takes eps at the step's end.
     """
     levels = [*alpha_bar[times].tolist(), end]
-    for t, a, b in reversed(list(zip(times, levels, levels[1:]))):
+    for t, bar, bar_next in reversed(list(zip(times, levels, levels[1:]))):
         start = x
         for _ in range(iterations):
             _, eps = predict(start, t)
-            start = math.sqrt(a / b) * (x - math.sqrt(1 - b) * eps) + math.sqrt(1 - a) * eps
+            x0 = (x - math.sqrt(1 - bar_next) * eps) / math.sqrt(bar_next)
+            start = math.sqrt(bar) * x0 + math.sqrt(1 - bar) * eps
         x = start
     return x
 
@@ -298,11 +300,12 @@ def dpm_solver(predict, x, alpha_bar, times):
     before = None  # (h, x0) of the step before
     for t, t_next in zip(times, times[1:]):
         x0, _ = predict(x, t)
-        h = math.log(a[t_next] / s[t_next]) - math.log(a[t] / s[t])  # the step in log-SNR
-        direction = x0
+        h = math.log(a[t_next] / s[t_next]) - math.log(a[t] / s[t])  # the step in lambda, half the log-SNR
+        middle = x0
         if before is not None:  # second order: x0 extrapolated to the middle of the step
-            direction = x0 + (x0 - before[1]) * h / (2 * before[0])
-        x = s[t_next] / s[t] * x - a[t_next] * math.expm1(-h) * direction
+            middle = x0 + (x0 - before[1]) * h / (2 * before[0])
+        # exact where x0 stays `middle` during the step; with middle = x0 it is a step of DDIM
+        x = s[t_next] / s[t] * x - a[t_next] * math.expm1(-h) * middle
         before = (h, x0)
     return predict(x, times[-1])[0]
 
@@ -315,9 +318,9 @@ def ddim_times(calls):
 
 
 def log_snr_times(alpha_bar, calls, last):
-    """Times from T - 1 down to `last`, evenly spaced in log-SNR where it is above -8.
+    """Times from T - 1, pure noise, down to `last`; evenly spaced in lambda, half the log-SNR, from -4 on.
 
-    Below that there is nothing to decide. Fewer than `calls` where two coincide.
+    Below -4 an image is almost pure noise. Fewer than `calls` times where two coincide.
     """
     lambda_ = (alpha_bar / (1 - alpha_bar)).log() / 2
     grid = torch.linspace(max(lambda_[-1].item(), -4.0), lambda_[last].item(), calls, dtype=torch.float64)
@@ -331,7 +334,7 @@ def log_snr_times(alpha_bar, calls, last):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Power-function average over about the last tenth of training (2312.02696, equation 15)."""
+    """Power-function average over about the last tenth of training (2312.02696, equation 15: gamma 16)."""
     weight = 1 - (1 - 1 / step) ** 17
     for average, parameter in zip(ema.parameters(), model.parameters()):
         average.lerp_(parameter, weight)
@@ -1070,22 +1073,31 @@ class Run:
             print(f"warning: {e}; training goes on", file=sys.stderr)
 
     def resume(self):
-        """Loads args.ckpt into the parts; raises ValueError where settings or images differ."""
+        """Loads args.ckpt into the parts; raises ValueError where settings or images differ.
+
+        A file of --mode export has the averaged weights alone: the networks start from them, the optimiser
+        anew, and the images may be others.
+        """
         ckpt = load_checkpoint(self.args.ckpt)
-        if "optim" not in ckpt:
-            raise ValueError(f"--resume: {self.args.ckpt} does not hold the state of training")
-        old = {**ckpt["args"], "images": ckpt["images"]}
+        exported = "optim" not in ckpt
+        old = {"images": self.images, **ckpt["args"]}
         new = {**self.settings, "images": self.images}
+        if not exported:
+            old["images"] = ckpt["images"]
         differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
         if differ:
             raise ValueError(f"--resume {self.args.ckpt} with other settings: {', '.join(differ)}")
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
-                load_weights(part, ckpt[name], self.args.ckpt)
-            else:
+                load_weights(part, ckpt["ema" if exported else name], self.args.ckpt)
+            elif not exported:
                 part.load_state_dict(ckpt[name])
         self.step = ckpt["step"]
         self.seconds = ckpt["seconds"]
+        if exported:
+            self.say(f"{self.args.ckpt}: averaged weights of step {self.step}, a fresh optimiser")
+            torch.manual_seed(self.args.seed + self.step)
+            return
         self.log = ckpt["log"]
         torch.set_rng_state(ckpt["rng"]["cpu"])
         if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
@@ -1322,6 +1334,8 @@ def main(argv=None):
         message = str(e)
         if isinstance(e, OSError) and e.filename is not None:
             message = f"{e.filename}: {e.strerror}"
+            if isinstance(e, FileExistsError):  # of mkdir
+                message += ", expected a folder"
         if isinstance(e, ImportError):
             message = f"{e}; pip install -r requirements.txt, and keep common.py beside this file"
         print(f"error: {message}", file=sys.stderr)

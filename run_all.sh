@@ -29,6 +29,9 @@ bonus() {  # IMAGES TARGET OUT.csv, more options
     ${source[@]+"${source[@]}"} "${@:4}"
 }
 
+for argument in "$@"; do
+  [ -n "$argument" ] || { echo "error: an argument is empty" >&2; usage; }
+done
 case "$#:${1-}" in
   2:p1) call p1_gan.py --mode sample --out "$(absolute "$2")" ;;
   2:acgan) call p1_gan.py --mode sample --method acgan --out "$(absolute "$2")" ;;

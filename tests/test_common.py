@@ -360,7 +360,8 @@ def test_score_digits_of_one_image_in_all_classes(tmp_path, classifier, capsys):
     (tmp_path / "same" / "._0_0000.png").write_bytes(b"x")
     result = common.score_digits(tmp_path / "same", None, classifier, tmp_path, CPU)
     assert result["n"] == 20 and result["diversity"] == 0 and result["accuracy"] == pytest.approx(0.1)
-    assert "correct/total = 2/20" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "correct/total = 2/20" in printed and "pixels / the built-in digits')" in printed
 
 
 def test_score_digits_without_some_digits_warns_of_nothing(tmp_path, classifier):
@@ -380,9 +381,10 @@ def test_score_digits_refuses_what_the_grader_would(tmp_path, classifier):
 
     images, labels = common.load_digits(None, "mnistm", "val")
     save_digits(tmp_path / "digits", images[:2], labels[:2].tolist())
-    for name in ("notes.txt", "x_1.png"):
+    other = "found 2 images and 1 other entries notes.txt; expected 2 or more images and nothing else"
+    for name, expected in (("notes.txt", other), ("x_1.png", "x_1.png")):
         (tmp_path / "digits" / name).write_text("x")
-        assert name in message(score)
+        assert expected in message(score)
         (tmp_path / "digits" / name).unlink()
     Image.new("RGB", (32, 32)).save(tmp_path / "digits" / "0_big.png")
     assert "0_big.png has (32, 32)" in message(score)

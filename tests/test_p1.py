@@ -698,6 +698,23 @@ def test_eval_takes_the_method_from_the_checkpoint(ckpt, tmp_path, monkeypatch):
     assert calls == ["acgan" if method_of(ckpt) == "acgan" else "faces"] * 2 and out.read_text() == "{}"
 
 
+def test_eval_of_digits_reads_the_course_s_classifier(tmp_path, error):
+    for digit in range(2):
+        Image.new("RGB", (28, 28)).save(tmp_path / f"{digit}_001.png")
+    (tmp_path.parent / "bad.pth").write_bytes(b"x")
+    options = [
+        "--mode",
+        "eval",
+        "--method",
+        "acgan",
+        "--ckpt",
+        str(tmp_path / "no.pt"),
+        "--input",
+        str(tmp_path),
+    ]
+    assert "bad.pth" in error(p1.main, [*options, "--classifier", str(tmp_path.parent / "bad.pth")])
+
+
 # ------------------------------------------------------------------ command line and bad input
 
 

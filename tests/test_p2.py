@@ -481,6 +481,12 @@ def test_files_are_what_the_grader_reads(ckpt, tmp_path):
     assert [labels.count(d) for d in range(10)] == [100] * 10
 
 
+def test_out_that_is_a_file(ckpt, tmp_path, error):
+    (tmp_path / "out").write_text("mine")
+    options = ["--mode", "sample", "--ckpt", str(ckpt), "--out", str(tmp_path / "out"), "--num", "1"]
+    assert "out: File exists, expected a folder" in error(p2.main, options)
+
+
 def test_other_files_in_out_are_named_and_kept(ckpt, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")

@@ -152,10 +152,12 @@ def test_usage(tmp_path):
         [tmp_path / "nowhere", tmp_path / "out"],
         [tmp_path, tmp_path / "out", "p1", "p5"],
         ["p3", "noise", "out"],
+        ["p1", ""],  # a script that passes on an argument that it did not get
+        ["p3", "noise", "out", ""],
     ):
         result = run_all(*arguments, cwd=tmp_path)
         assert result.returncode == 2 and "bash run_all.sh IN OUT" in result.stderr, arguments
-    assert not (tmp_path / "out").exists()
+    assert os.listdir(tmp_path) == []
 
 
 def test_reports_by_name(tmp_path):
