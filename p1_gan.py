@@ -89,7 +89,7 @@ class DigitGenerator(nn.Module):
         self.main = nn.Sequential(*layers, nn.Conv2d(64, 3, 3, padding=1), nn.Tanh())
 
     def forward(self, z, y):
-        return self.main(self.start(z * self.label(y)))  # from both side by side, G learns to ignore z
+        return self.main(self.start(z * self.label(y)))  # concatenated, G learned to ignore z
 
 
 def down(conv, batch_norm):
@@ -102,7 +102,7 @@ class Discriminator(nn.Module):
     """DCGAN's discriminator: (B, 3, 64, 64) -> logits (B,), digit logits (B, digits).
 
     norm: batch (2,765,568 parameters), none (WGAN-GP's critic, 2,763,776), or spectral: spectral norm
-    beside BatchNorm. Without BatchNorm it learns too slowly to teach G in 64 epochs.
+    beside BatchNorm. Spectral norm alone learns too slowly to teach G in 64 epochs.
     """
 
     def __init__(self, norm, bias=False, digits=0):
@@ -137,8 +137,11 @@ class DigitDiscriminator(nn.Module):
             return down(spectral_norm(layer), batch_norm)
 
         self.main = nn.Sequential(
-            *[conv(3, 64, 3, 1, batch_norm=False), conv(64, 128, 4, 2)],  # (B, 128, 14, 14)
-            *[conv(128, 128, 3, 1), conv(128, 256, 4, 2), conv(256, 256, 3, 1)],  # (B, 256, 7, 7)
+            conv(3, 64, 3, 1, batch_norm=False),
+            conv(64, 128, 4, 2),  # (B, 128, 14, 14)
+            conv(128, 128, 3, 1),
+            conv(128, 256, 4, 2),  # (B, 256, 7, 7)
+            conv(256, 256, 3, 1),
             nn.Flatten(),  # (B, 256 * 49)
         )
         self.real = spectral_norm(nn.Linear(256 * 49, 1))
@@ -169,7 +172,7 @@ def build(args):
         g = Generator()
         d = Discriminator(norms[args.method])
         g.apply(dcgan_init)
-        if args.method != "sngan":
+        if args.method != "sngan":  # spectral norm sets the scale of its own
             d.apply(dcgan_init)
     return tuple(net.to(args.device, memory_format=torch.channels_last) for net in (g, d))
 
@@ -244,7 +247,7 @@ def d_step(args, g, d, optim, images, labels, progress):
         loss = d_loss(args.loss, real_logits, fake_logits, args.label_smoothing)
         if args.method == "acgan":  # and read the real digits
             loss = loss + F.cross_entropy(digits, y)
-        if args.method == "acgan" and args.report:  # and generated ones, as 1610.09585
+        if args.method == "acgan" and args.report:  # and generated ones, as in 1610.09585; ours does not
             loss = loss + F.cross_entropy(fake_digits, y)
     if args.method == "wgangp":  # weight 10, as in 1704.00028
         loss = loss + 10 * gradient_penalty(lambda x: d(x)[0], real, fake)
@@ -281,7 +284,7 @@ def update(args, net, optim, loss):
 
 
 def rate(decay, progress):
-    """Factor of the learning rates: linear to 0, step: halved at 50 and 75 %, thirds: at 1/3 and 2/3."""
+    """Factor of the learning rates: linear to 0, halved at 50 and 75 % (step) or 1/3 and 2/3 (thirds)."""
     if decay == "linear":
         return 1 - progress
     halvings = {"step": (0.5, 0.75), "thirds": (1 / 3, 2 / 3)}.get(decay, ())
@@ -313,9 +316,9 @@ def find_gain(logits, spread, low=0.1, high=4.0):
 def recalibrate(args, ema, spread):
     """Gives the averaged generator what training does not, from ten batches of 100, in float32.
 
-    BatchNorm statistics of its own: copied ones belong to other weights (1809.11096).
-    Faces also get the training images' contrast. D cannot teach it: its BatchNorm hides the scale of a
-    batch. spread: the mean over pixels of the training images' standard deviation, in [-1, 1].
+    BatchNorm statistics of its own: those of training do not fit averaged weights (1809.11096).
+    Faces also get the training images' contrast. A D with BatchNorm cannot teach it, for it hides the scale
+    of a batch. spread: the mean over pixels of the training images' standard deviation, in [-1, 1].
     """
     for module in ema.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -352,7 +355,8 @@ def train(args, images, labels=None):
     optim_g = torch.optim.AdamW(g.parameters(), args.lr, **options)
     optim_d = torch.optim.AdamW(d.parameters(), args.lr_d, **options)
     spread = images[:: max(len(images) // 1000, 1)].float().std(0).mean().item() / 127.5
-    finish = partial(recalibrate, args, ema, spread)  # before the average is saved or shown
+    # before the average is saved or shown; a report's generator stays as it was trained
+    finish = (lambda: None) if args.report else partial(recalibrate, args, ema, spread)
     run = Run(args, images, finish, model=g, ema=ema, discriminator=d, optim_g=optim_g, optim_d=optim_d)
     images = images.to(args.device)
     if args.method == "acgan":

@@ -192,7 +192,7 @@ def diffusion_loss(model, x0, y, alpha_bar, prediction, gamma, stratified=True):
     t = (u * T).long().clamp(max=T - 1)  # rounding can give T
     a = alpha_bar[t].sqrt().float().view(-1, 1, 1, 1)
     s = (1 - alpha_bar[t]).sqrt().float().view(-1, 1, 1, 1)
-    eps = torch.randn_like(x0)
+    eps = torch.randn_like(x0)  # the noisy image is x_t = a x0 + s eps
     out = model(a * x0 + s * eps, t, y).float()
 
     target = eps if prediction == "eps" else a * eps - s * x0  # v, 2202.00512

@@ -207,9 +207,9 @@ def diffusion_loss(model, x0, alpha_bar, gamma):
     t = (u * T).long().clamp(max=T - 1)  # rounding can give T
     a = alpha_bar[t].sqrt().float().view(-1, 1, 1, 1)
     s = (1 - alpha_bar[t]).sqrt().float().view(-1, 1, 1, 1)
-    eps = torch.randn_like(x0)
+    eps = torch.randn_like(x0)  # the noisy image is x_t = a x0 + s eps
     out = model(a * x0 + s * eps, t).float()
-    error = (out - (a * eps - s * x0)).square().mean((1, 2, 3))
+    error = (out - (a * eps - s * x0)).square().mean((1, 2, 3))  # v = a eps - s x0
     if gamma == 0:
         return error.mean()
     # min(snr, gamma) weighs the error of x0, which is 1 / (snr + 1) times that of v
@@ -232,7 +232,7 @@ def predictor(model, alpha_bar, prediction, bf16=False, clamp=True):
         out = out.float()
         a = alpha_bar[t].sqrt().item()
         s = (1 - alpha_bar[t]).sqrt().item()
-        eps = out if prediction == "eps" else a * out + s * x
+        eps = out if prediction == "eps" else a * out + s * x  # a v + s x_t = eps
         x0 = (x - s * eps) / a
         if clamp:
             x0 = x0.clamp(-1, 1)
@@ -279,8 +279,8 @@ def ddim(predict, x, alpha_bar, times, eta=0.0, noise=None, end=1.0):
 def ddim_inverse(predict, x, alpha_bar, times, iterations=3, end=1.0):
     """The noise from which `ddim` with the same times and end, eta 0 and no clamping makes the image x.
 
-    Each step is solved for its starting point by fixed-point iteration (2312.12540).
-    iterations: network calls per step; 1 is the usual inversion, which takes eps at the step's end.
+    A step ends at x, at bar_next. Its start, at bar, is found by fixed-point iteration (2312.12540).
+    iterations: network calls per step; 1 is the usual inversion, which takes eps(x, t) for eps(start, t).
     """
     levels = [*alpha_bar[times].tolist(), end]
     for t, bar, bar_next in reversed(list(zip(times, levels, levels[1:]))):

@@ -10,8 +10,9 @@ pseudo-labels (2001.07685), distribution alignment (1911.09785), BatchNorm of th
   python p4_dann.py --mode table --data hw2_data --out table               # trains what is missing
   python p4_dann.py --mode tsne --data hw2_data --target svhn              # features by digit and domain
 
-dann is gradient reversal as in the paper. dann-mt, the default, adds augmentation and a mean teacher:
-after 30 % of training the network also learns the digits that its own average is sure of.
+dann is the paper's gradient reversal, on grey images, with an averaged network that predicts. dann-mt, the
+default, adds augmentation and a mean teacher: after 30 % of training the network also learns the digits
+that its own average is sure of.
 
 Real data, three seeds, the last step's network: MNIST-M -> USPS 99.1 % (sd 0.1, 1,459 val images),
 MNIST-M -> SVHN 72.1 % (sd 4.2, 160 val images, 640 unlabelled training images). Training took
@@ -83,7 +84,7 @@ class Net(nn.Module):
     Every image is made grey and standardised first. This input is ours, not the paper's:
     colour, contrast and brightness tell domains apart, not digits. The reports' input is RGB as it is.
     arch: "deep" is ours, the others are in the section "the reports".
-    pairs: of domain logits in "deep", one for all digits, or one for each (dann-mt, 614,110 parameters).
+    pairs: pairs of domain logits in "deep": one, or one for each digit (dann-mt, 614,110 parameters).
     report: whether the input is the reports'. dropout2d: 2021's small network has Dropout2d.
     """
 
@@ -255,8 +256,8 @@ def consistency_loss(student, probabilities, threshold):
 THRESHOLD = 0.9  # the teacher's probability from which its digit counts
 ALIGN = 0.5  # 0: pseudo-labels as they come; 1: all digits made equally frequent
 START = 0.3  # the share of training after which the consistency loss sets in
-RAMP = 0.2  # the share of training within which its weight then rises
-CONSISTENCY = 3.0  # to this
+RAMP = 0.2  # the share of training within which its weight then rises to CONSISTENCY
+CONSISTENCY = 3.0
 
 
 def losses(args, model, ema, x, y, u, p):
@@ -276,7 +277,8 @@ def losses(args, model, ema, x, y, u, p):
     if u is None:
         return class_loss, nothing, nothing
 
-    with torch.no_grad():  # the teacher is the EMA network (1703.01780)
+    # the teacher is the EMA network (1703.01780); this also fills its BatchNorm statistics, for dann too
+    with torch.no_grad():
         teacher = ema(augment(u, 0.3) if augmented else u).float().softmax(1)
         ema.marginal.lerp_(teacher.mean(0), 0.01)
 
@@ -302,7 +304,7 @@ EMA_DECAY = 0.99  # of the teacher, which is also the network that predicts
 
 @torch.no_grad()
 def update_ema(ema, model, step, buffers, decay=EMA_DECAY):
-    """ema <- decay ema + (1 - decay) model (1703.01780).
+    """ema <- decay ema + (1 - decay) model (1703.01780); at first the plain mean of all steps.
 
     buffers: the BatchNorm statistics are the model's; else they are the EMA network's own.
     """
@@ -315,7 +317,7 @@ def update_ema(ema, model, step, buffers, decay=EMA_DECAY):
 
 def teaching(ema):
     """The EMA network's mode in training: BatchNorm by its own batches, noisy input, no dropout."""
-    for module in ema.modules():
+    for module in ema.modules():  # a module comes before its parts
         module.train(not isinstance(module, (nn.Dropout, nn.Dropout2d)))
 
 

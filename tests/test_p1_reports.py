@@ -117,3 +117,12 @@ def test_noise_of_method_b_decays_on_both_sides():
     spread = [p1.shown(args, x, progress).std().item() for progress in (0, 0.5)]
     assert spread == pytest.approx([args.instance_noise, args.instance_noise / 2], rel=0.02)
     assert torch.equal(p1.shown(args, x, 1.0), x)
+
+
+def test_a_report_s_generator_stays_as_it_was_trained(tmp_path):
+    """Neither statistics nor contrast of our own: it is the network of the last step."""
+    args = parse("2022a", "dcgan", "--batch-size", "4", "--steps", "2", "--ckpt", str(tmp_path / "g.pt"))
+    p1.train(args, torch.randint(256, (8, 3, 64, 64), dtype=torch.uint8))
+    state = torch.load(tmp_path / "g.pt", weights_only=True)
+    assert all(torch.equal(value, state["model"][name]) for name, value in state["ema"].items())
+    assert state["ema"]["gain"] == 1
