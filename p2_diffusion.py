@@ -1200,10 +1200,8 @@ class Run:
         """
         ckpt = load_checkpoint(self.args.ckpt)
         exported = "optim" not in ckpt
-        old = {"images": self.images, **ckpt["args"]}
+        old = {**ckpt["args"], "images": ckpt.get("images", self.images)}
         new = {**self.settings, "images": self.images}
-        if not exported:
-            old["images"] = ckpt["images"]
         differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
         if differ:
             raise ValueError(f"--resume {self.args.ckpt} with other settings: {', '.join(differ)}")
@@ -1320,7 +1318,11 @@ def add_options(p):
     text = "steps in all; with --resume a larger number prolongs the run, unless the rate ends at 0"
     add(g, "--steps", 10000, text, type=positive)
     add(g, "--epochs", None, "passes over the images, instead of --steps", "none", type=positive)
-    g.add_argument("--resume", action="store_true", help="go on from --ckpt exactly")
+    g.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from --ckpt exactly; of weights alone with a new optimiser",
+    )
     add(g, "--batch-size", 64, "images per step; sample: images at a time", type=positive)
     add(g, "--optimizer", "adamw", "AdamW or Adam", choices=("adamw", "adam"))
     add(g, "--lr", 1e-3, "peak learning rate", type=number(float, 0))

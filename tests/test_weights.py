@@ -76,6 +76,11 @@ def test_weights_of_the_project(path):
     model, settings = script.load_model(path)
     assert state["note"] and state["command"].startswith(f"python {state['script']}.py --mode train")
     assert not model.training and settings.seed == state["args"]["seed"]
+    if script in (p2, p3):  # --resume trains on from them without further options
+        args = script.parse_args(["--mode", "train"])
+        assert {key: getattr(args, key) for key in script.NETWORK + script.TRAINING}.items() <= state[
+            "args"
+        ].items()
     parameters = {name for name, _ in model.named_parameters()}
     assert all(state["ema"][name].dtype == torch.float16 for name in parameters)
 
