@@ -623,7 +623,8 @@ def score_digits(folder, data, classifier, beside, device):
     net, state, own = digit_classifier(data, classifier, beside, device)
     right = classify(net, images) == labels
     if data is None and "diversity" in state:
-        reference, real = state["diversity"].to(device), "MNIST-M's"
+        reference = state["diversity"].to(device)
+        real = "MNIST-M's"
     else:
         reference = diversity(*(v.to(device) for v in load_digits(data, "mnistm", "train")))
         real = "the built-in digits'" if data is None else f"those of {data}"

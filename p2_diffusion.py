@@ -1199,23 +1199,24 @@ class Run:
         anew, and the images may be others.
         """
         ckpt = load_checkpoint(self.args.ckpt)
-        exported = "optim" not in ckpt
         old = {**ckpt["args"], "images": ckpt.get("images", self.images)}
         new = {**self.settings, "images": self.images}
         differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
         if differ:
             raise ValueError(f"--resume {self.args.ckpt} with other settings: {', '.join(differ)}")
-        for name, part in self.parts.items():
-            if isinstance(part, nn.Module):
-                load_weights(part, ckpt["ema" if exported else name], self.args.ckpt)
-            elif not exported:
-                part.load_state_dict(ckpt[name])
         self.step = ckpt["step"]
         self.seconds = ckpt["seconds"]
-        if exported:
+        if "optim" not in ckpt:
             self.say(f"{self.args.ckpt}: averaged weights of step {self.step}, a fresh optimiser")
+            for name in ("model", "ema"):
+                load_weights(self.parts[name], ckpt["ema"], self.args.ckpt)
             torch.manual_seed(self.args.seed + self.step)
             return
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                load_weights(part, ckpt[name], self.args.ckpt)
+            else:
+                part.load_state_dict(ckpt[name])
         self.log = ckpt["log"]
         torch.set_rng_state(ckpt["rng"]["cpu"])
         if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
@@ -1318,11 +1319,8 @@ def add_options(p):
     text = "steps in all; with --resume a larger number prolongs the run, unless the rate ends at 0"
     add(g, "--steps", 10000, text, type=positive)
     add(g, "--epochs", None, "passes over the images, instead of --steps", "none", type=positive)
-    g.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from --ckpt exactly; of weights alone with a new optimiser",
-    )
+    text = "go on from --ckpt exactly; of weights alone with a new optimiser"
+    g.add_argument("--resume", action="store_true", help=text)
     add(g, "--batch-size", 64, "images per step; sample: images at a time", type=positive)
     add(g, "--optimizer", "adamw", "AdamW or Adam", choices=("adamw", "adam"))
     add(g, "--lr", 1e-3, "peak learning rate", type=number(float, 0))

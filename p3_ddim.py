@@ -1079,23 +1079,24 @@ class Run:
         anew, and the images may be others.
         """
         ckpt = load_checkpoint(self.args.ckpt)
-        exported = "optim" not in ckpt
         old = {**ckpt["args"], "images": ckpt.get("images", self.images)}
         new = {**self.settings, "images": self.images}
         differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
         if differ:
             raise ValueError(f"--resume {self.args.ckpt} with other settings: {', '.join(differ)}")
-        for name, part in self.parts.items():
-            if isinstance(part, nn.Module):
-                load_weights(part, ckpt["ema" if exported else name], self.args.ckpt)
-            elif not exported:
-                part.load_state_dict(ckpt[name])
         self.step = ckpt["step"]
         self.seconds = ckpt["seconds"]
-        if exported:
+        if "optim" not in ckpt:
             self.say(f"{self.args.ckpt}: averaged weights of step {self.step}, a fresh optimiser")
+            for name in ("model", "ema"):
+                load_weights(self.parts[name], ckpt["ema"], self.args.ckpt)
             torch.manual_seed(self.args.seed + self.step)
             return
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                load_weights(part, ckpt[name], self.args.ckpt)
+            else:
+                part.load_state_dict(ckpt[name])
         self.log = ckpt["log"]
         torch.set_rng_state(ckpt["rng"]["cpu"])
         if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
@@ -1203,11 +1204,8 @@ def add_options(p):
     g = p.add_argument_group("training")
     text = "steps in all; with --resume a larger number prolongs the run"
     add(g, "--steps", 20000, text, type=positive)
-    g.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from --ckpt exactly; of weights alone with a new optimiser",
-    )
+    text = "go on from --ckpt exactly; of weights alone with a new optimiser"
+    g.add_argument("--resume", action="store_true", help=text)
     sizes = "train 32; else 5 of 256x256, 80 of 64x64"
     add(g, "--batch-size", None, "images per step; elsewhere images at a time", sizes, type=positive)
     add(g, "--lr", 1e-3, "peak learning rate of AdamW", type=number(float, 0))
