@@ -277,9 +277,8 @@ def test_make_data_from_archives(tmp_path, capsys):
     assert not list(tmp_path.glob("escaped.txt")) and not list(out.glob("escaped.txt"))
     with tarfile.open(source / "BSR_bsds500.tgz", "w:gz") as tar:
         tar.add(tmp_path / "BSDS500" / "1.jpg", "../../escaped.jpg")
-    assert "mnistm" in common.make_data(tmp_path / "other", source) and not list(
-        tmp_path.rglob("escaped.jpg")
-    )
+    assert "mnistm" not in common.make_data(tmp_path / "other", source)
+    assert not list(tmp_path.rglob("escaped.jpg"))
 
 
 def test_blend_is_the_absolute_difference():
@@ -316,8 +315,8 @@ def test_real_mnist_and_bsds(tmp_path):
         with gzip.open(gz) as source, open(raw / gz.stem, "wb") as target:
             shutil.copyfileobj(source, target)
     with tarfile.open(next((SHARED / "data" / "originals").glob("*.tar"))) as tar:
-        members = [m for m in tar if m.name.endswith(".jpg")][:5]
-        tar.extractall(tmp_path, members, filter="data")
+        for member in [m for m in tar if m.name.endswith(".jpg")][:5]:
+            (tmp_path / Path(member.name).name).write_bytes(tar.extractfile(member).read())
     images, labels = common.load_digits(tmp_path, "mnistm", "val")
     assert images.shape == (10000, 3, 28, 28) and labels[:5].tolist() == [7, 2, 1, 0, 4]
 
