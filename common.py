@@ -270,12 +270,14 @@ def read_photographs(root):
     """MNIST-M's photographs, uint8 (H, W, 3): of BSDS500's archive or folder, or every *.jpg but CelebA's."""
     with tempfile.TemporaryDirectory() as unpacked:
         for archive in [*root.glob("BS[DR]*.t*"), *root.glob("bsds*.t*")]:
-            root = Path(unpacked)
-            with tarfile.open(archive) as tar:
-                for member in tar:
-                    name = Path(member.name).name  # without folders, so that none leaves `unpacked`
-                    if member.isfile() and name.endswith(".jpg"):
-                        (root / name).write_bytes(tar.extractfile(member).read())
+            root = Path(unpacked).resolve()
+            with tarfile.open(archive) as tar:  # extractall has filter= since Python 3.11.4 only
+                for member in filter(tarfile.TarInfo.isfile, tar):
+                    path = (root / member.name).resolve()
+                    if not path.is_relative_to(root):
+                        raise ValueError(f"{archive}: {member.name} leaves the folder")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(tar.extractfile(member).read())
         paths = sorted(root.glob("BS[DR]*/**/*.jpg")) or sorted(root.rglob("*.jpg"))
         paths = [path for path in paths if is_image(path) and "celeba" not in str(path.relative_to(root))]
         photographs = [photo for photo in read_arrays(paths) if min(photo.shape[:2]) >= 28]
