@@ -196,6 +196,28 @@ def test_augmentation():
     assert 0 < hidden.max() <= (11 / 28) ** 2 and hidden.std() > 0
 
 
+def test_a_digit_lost_in_the_mean_is_found_in_the_views():
+    """As in MNIST-M the digit is the photograph's negative. Here the mean of the channels is mid-grey."""
+    photograph = torch.tensor([0.6, -0.6, 0.0]).view(1, 3, 1, 1).expand(2, 3, 28, 28)
+    digit = torch.zeros(2, 1, 28, 28, dtype=torch.bool)
+    digit[0, :, 4:24, 12:16] = True
+    digit[1, :, 4:24, 8:20] = True
+    x = torch.where(digit, -photograph, photograph)
+    assert x.mean(1).abs().max() < 1e-6
+    views = p4.colour_views(x).view(6, 2, 3, 28, 28)
+    assert torch.equal(views[:, :, 0], views[:, :, 2])  # grey
+    contrast = views.std((2, 3, 4))
+    assert (contrast[2] == 0).all() and (contrast[[0, 1, 3, 4, 5]] > 0.3).all()  # blue is mid-grey, too
+    net = p4.build(p4.parse_args(["--method", "dann-mt", *TINY])).eval()
+    with torch.inference_mode():
+        seen = net(x)
+        each = torch.stack([net.label(net.embed(view)) for view in views])
+        assert torch.allclose(seen.softmax(1), each.log_softmax(2).mean(0).softmax(1), atol=1e-5)
+        blind = p4.build(p4.parse_args(["--method", "dann", *TINY])).eval()(x)
+    assert (seen[0] - seen[1]).abs().max() > 1e-4  # an untrained network tells them apart
+    assert (blind[0] - blind[1]).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("method", ["dann", "dann-mt"])
 def test_batchnorm_statistics_are_not_mixed(method):
     """Each pass holds one domain alone, and the EMA network, which predicts, sees the target only."""
