@@ -159,12 +159,13 @@ def build(args):
 # ---------------- augmentation and losses ----------------
 
 
-def augment(x, strength):
+def augment(x, strength, neighbours=False):
     """A random affine map, mixture of channels and polarity for each image.
 
     x: float (B, 3, H, W) in [-1, 1] -> grey images of the same shape.
     strength scales the affine map. At 1 it reaches 14 degrees, 35 % of scale in each direction,
     shear 0.3 and 2 pixels of shift.
+    neighbours: half of the images get two others of the batch beside them, as digits of house numbers have.
     """
     b = len(x)
     weights = -torch.rand(b, 3, 1, 1, device=x.device).clamp(min=1e-6).log()
@@ -177,9 +178,17 @@ def augment(x, strength):
     high = high.exp()
     affine = torch.stack([cos * wide, shear - sin * high, dx, sin * wide, cos * high, dy], 1).view(b, 2, 3)
     grid = F.affine_grid(affine, x.shape, align_corners=False)
-    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    y = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    if neighbours:
+        pitch = 20 + 2 * int(torch.randint(5, (1,)))  # pixels from digit to digit
+        margin = (SIZE - pitch) // 2
+        middle = x[..., margin : SIZE - margin]
+        row = torch.cat([middle.roll(1, 0), middle, middle.roll(2, 0)], 3)  # (B, 1, H, 3 pitch)
+        grid[..., 0] = grid[..., 0] * SIZE / (3 * pitch)  # the same map, in coordinates of the row
+        alone = torch.rand(b, 1, 1, 1, device=x.device) < 0.5
+        y = torch.where(alone, y, F.grid_sample(row, grid, padding_mode="reflection", align_corners=False))
     negative = torch.rand(b, 1, 1, 1, device=x.device) < 0.5  # dark on bright or bright on dark
-    return torch.where(negative, -x, x).expand(-1, 3, -1, -1)
+    return torch.where(negative, -y, y).expand(-1, 3, -1, -1)
 
 
 def cutout(x, radius=5):
@@ -217,7 +226,7 @@ def random_convolution(x):
 
 def strong(x):
     """The augmentation of all that a network learns from."""
-    return random_convolution(augment(x, 1.0))
+    return random_convolution(augment(x, 1.0, neighbours=True))
 
 
 def schedules(p, training="dann", decay="paper"):

@@ -196,6 +196,25 @@ def test_augmentation():
     assert 0 < hidden.max() <= (11 / 28) ** 2 and hidden.std() > 0
 
 
+def test_neighbours():
+    levels = torch.linspace(0.1, 0.9, 400)
+    x = levels.view(-1, 1, 1, 1).expand(-1, 3, 28, 28)
+    widths = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        y = p4.augment(x, 0.0, neighbours=True)[:, 0].abs()  # no affine map
+        assert torch.allclose(y[:, 14, 14], levels, atol=1e-5)
+        own = ((y - levels[:, None, None]).abs() < 1e-4).sum(2)  # pixels of a row that are the image's own
+        others = own[:, 0] < 28
+        assert (own == own[:, :1]).all()
+        if others.any():
+            assert 0.4 < others.float().mean() < 0.6
+            assert torch.allclose(y[others, 0, 0], levels.roll(1)[others], atol=1e-5)
+            assert torch.allclose(y[others, 0, 27], levels.roll(2)[others], atol=1e-5)
+        widths.add(own.min().item())
+    assert widths == {20, 22, 24, 26, 28}
+
+
 def test_a_digit_lost_in_the_mean_is_found_in_the_views():
     """As in MNIST-M the digit is the photograph's negative. Here the mean of the channels is mid-grey."""
     photograph = torch.tensor([0.6, -0.6, 0.0]).view(1, 3, 1, 1).expand(2, 3, 28, 28)
