@@ -273,7 +273,7 @@ def p2(options):
         "| sampler | steps | N | seconds per 1000 | accuracy | diversity | fd_efflite0 |\n" + "|---" * 7 + "|"
     )
     fewer = max(options.num // 5, 1)  # of DDPM, which takes long
-    rows = [("dpm++", 8, options.num), ("dpm++", 15, options.num)]
+    rows = [("dpm++", args.sample_steps, options.num), ("dpm++", 10, options.num)]
     rows += [("ddim", 50, options.num), ("ddpm", settings.T, fewer)]
     for sampler, calls, num in rows:
         how = {**p2_diffusion.sampling(args), "sampler": sampler, "calls": calls}

@@ -1,5 +1,6 @@
 """p2_diffusion.py: sampler mathematics, exact resume, the grader's rules, one-file use, bad input."""
 
+import argparse
 import json
 import math
 import os
@@ -154,6 +155,17 @@ def test_log_snr_times_are_even_in_log_snr():
     nearest = (lambda_[:, None] - ideal).abs().min(0).values
     assert torch.equal((lambda_[times[1:]] - ideal).abs(), nearest)
     assert [p2.log_snr_times(alpha_bar, calls, 4) for calls in (1, 2)] == [[399], [399, 4]]
+
+
+def test_dpm_solver_leaves_the_finest_noise_to_its_last_call():
+    """generate calls the network `calls` times, the last time at t / T = 0.08."""
+    args = p2.parse_args(["--device", "cpu"])
+    model = p2.build(args).eval()
+    settings = argparse.Namespace(**vars(args), size=28)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(int(inputs[1][0])))
+    p2.generate(model, settings, [3])
+    assert len(seen) == 7 and seen[0] == 399 and seen[-1] == 32
 
 
 def test_guidance():
