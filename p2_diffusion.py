@@ -37,6 +37,9 @@ from PIL import Image
 SIZE = 28
 DIGITS = 10
 NULL = 10  # the class index that stands for "no label"
+CALLS = 7  # of the network, by dpm++ and ddim
+GUIDANCE = 2.0
+INTERVAL = [0.3, 0.95]  # the part of the time t / T with guidance
 LAST = 0.08  # dpm++'s last t / T: distances of 1000 digits are 205, 190, 179, 177 at 0.01, 0.03, 0.06, 0.08
 
 
@@ -397,7 +400,9 @@ def to_uint8(x):
 
 
 @torch.inference_mode()
-def generate(model, settings, digits, numbers=None, seed=0, sampler="dpm++", calls=7, guidance=2.0, **more):
+def generate(
+    model, settings, digits, numbers=None, seed=0, sampler="dpm++", calls=CALLS, guidance=GUIDANCE, **more
+):
     """Images of `digits` (N integers in 0..9): uint8 (N, 3, H, W) on the CPU.
 
     model, settings: of load_model. numbers: tells images of one digit apart (default: 1 to N).
@@ -415,7 +420,7 @@ def generate(model, settings, digits, numbers=None, seed=0, sampler="dpm++", cal
     y = torch.tensor(list(digits), device=settings.device)
     alpha_bar = make_alpha_bar(settings.schedule, settings.T, settings.beta_end)
     options = dict(bf16=more.get("bf16", False), clamp=more.get("clamp", True))
-    interval = more.get("guidance_interval", (0.3, 0.95))
+    interval = more.get("guidance_interval", INTERVAL)
     plain = predictor(model, y, alpha_bar, settings.prediction, guidance, interval, **options)
 
     def predict(x, t):
@@ -1355,14 +1360,14 @@ def add_options(p):
     g = p.add_argument_group("sampling")
     samplers = ("dpm++", "ddim", "ddpm")
     add(g, "--sampler", "dpm++", "DPM-Solver++(2M), DDIM, or DDPM over all T steps", choices=samplers)
-    add(g, "--sample-steps", 7, "network calls of dpm++ and ddim", type=positive)
+    add(g, "--sample-steps", CALLS, "network calls of dpm++ and ddim", type=positive)
     add(g, "--eta", 0.0, "ddim: 0 deterministic, 1 as noisy as ddpm", type=share)
     add(g, "--variance", "posterior", "ddpm: variance of the noise", choices=("posterior", "beta"))
     text = "keep the predicted image in [-1, 1]"
     g.add_argument("--clamp", action=argparse.BooleanOptionalAction, default=True, help=text)
-    add(g, "--guidance", 2.0, "w of (1 + w) out(x, y) - w out(x, null); 0: none", type=number(float, 0))
+    add(g, "--guidance", GUIDANCE, "w of (1 + w) out(x, y) - w out(x, null); 0: none", type=number(float, 0))
     text = "the part of the time t / T in which there is guidance"
-    add(g, "--guidance-interval", [0.3, 0.95], text, type=share, nargs=2, metavar="SHARE")
+    add(g, "--guidance-interval", INTERVAL, text, type=share, nargs=2, metavar="SHARE")
     text = "grid: after which sampler steps the reverse process is shown"
     add(g, "--states", None, text, "six, evenly", type=number(int, 0), nargs="+", metavar="STEP")
 
