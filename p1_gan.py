@@ -845,12 +845,12 @@ class Run:
                 self.finish()
             self.save(args.ckpt)
             self.show()
+            if args.world > 1:  # after an error it would wait for the other processes
+                dist.destroy_process_group()
         finally:
             self.bar.close()
             for name, handler in handlers.items():
                 signal.signal(name, handler)
-            if args.world > 1:
-                dist.destroy_process_group()
         self.say(f"{args.ckpt}: step {self.step}, {self.seconds:.0f} s of training")
         if self.step < self.steps:
             raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
@@ -1093,7 +1093,7 @@ PRESETS = {
                    batch_size=64, steps=7000, flip=True),
     "sngan":  dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=2, ema=0.999,
                    loss="hinge", diffaugment="translation", decay="linear",
-                   batch_size=16, steps=28000, flip=True),
+                   batch_size=16, steps=16000, flip=True),
     "acgan":  dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=2, ema=0.999,
                    loss="hinge", diffaugment="translation", decay="linear",
                    batch_size=32, steps=10000, flip=False),
@@ -1211,6 +1211,9 @@ def main(argv=None):
             message = f"{e}; pip install -r requirements.txt, and keep common.py beside this file"
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(1 if isinstance(e, FloatingPointError) else 2) from None
+    except torch.cuda.OutOfMemoryError as e:
+        print(f"error: {str(e).splitlines()[0]}; use a smaller --batch-size", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt as e:
         print(str(e) or "stopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -37,6 +37,7 @@ from PIL import Image
 SIZE = 28
 DIGITS = 10
 NULL = 10  # the class index that stands for "no label"
+SAMPLERS = ("dpm++", "ddim", "ddpm")
 CALLS = 7  # of the network, by dpm++ and ddim
 GUIDANCE = 2.0
 INTERVAL = [0.3, 0.95]  # the part of the time t / T with guidance
@@ -342,7 +343,7 @@ def train(args, images, labels):
     images: uint8 (N, 3, H, H). labels: int64 (N,) in 0..9. args: parse_args([...]).
     Raises ValueError, FloatingPointError (loss not finite), KeyboardInterrupt (after Ctrl-C; saved).
     """
-    check_training_set(images, labels)
+    check_training_set(args, images, labels)
     torch.manual_seed(args.seed)
     model = build(args)
     ema = build(args)
@@ -412,6 +413,12 @@ def generate(
     """
     if numbers is None:
         numbers = range(1, len(digits) + 1)
+    if not set(map(int, digits)) <= set(range(DIGITS)):
+        raise ValueError(
+            f"digits: found {sorted(set(map(int, digits)))}, expected integers in 0 to {DIGITS - 1}"
+        )
+    if sampler not in SAMPLERS:
+        raise ValueError(f"--sampler {sampler}: expected one of {', '.join(SAMPLERS)}")
     if sampler != "ddpm" and calls > settings.T:
         raise ValueError(f"--sample-steps {calls}: expected at most the network's T = {settings.T} steps")
     if guidance > 0 and settings.label_dropout == 0:
@@ -451,7 +458,7 @@ def sampling(args):
 
 
 def describe(args, settings):
-    """The sampler and its number of network calls, for titles."""
+    """The sampler and the network calls asked of it, for titles."""
     calls = settings.T if args.sampler == "ddpm" else args.sample_steps
     return f"{args.sampler}, {calls} steps"
 
@@ -520,7 +527,8 @@ def grid(args):
     rows = []
     for w in weights:
         options = {**sampling(args), "guidance": w}
-        images = generate(model, settings, digits, list(range(1, args.num + 1)) * DIGITS, **options)
+        pieces = [generate(model, settings, [d] * args.num, **options) for d in range(DIGITS)]
+        images = torch.cat(pieces)
         right = classify(classifier, images.to(args.device)).cpu() == torch.tensor(digits)
         print(f"w = {w}: accuracy {right.float().mean():.3f} of {len(digits)} digits")
         rows.append(images[:: args.num])
@@ -944,12 +952,18 @@ TRAINING = ("batch_size", "lr", "lr_schedule", "optimizer", "betas", "weight_dec
 TRAINING += ("gamma", "t_sampling", "seed")
 
 
-def check_training_set(images, labels):
-    """Raises ValueError unless images are uint8 (N, 3, H, H) and labels int64 (N,) in 0..9."""
+def check_training_set(args, images, labels):
+    """Raises ValueError unless images are uint8 (N, 3, H, H), with H a multiple that the network needs, and
+    labels int64 (N,) in 0..9.
+    """
     n, *shape = images.shape
     if images.dtype != torch.uint8 or shape[:1] != [3] or shape[1:2] != shape[2:] or n == 0:
         found = f"{images.dtype} {tuple(images.shape)}"
         raise ValueError(f"images: found {found}, expected uint8 (N, 3, H, H)")
+    factor = args.patch * 2 ** (len(args.channels) - 1) if args.arch == "unet" else SIZE
+    if shape[1] % factor:
+        found = f"{shape[1]}x{shape[2]}"
+        raise ValueError(f"images: found {found}, expected multiples of {factor}, for the network's halvings")
     if labels.dtype != torch.int64 or labels.shape != (n,) or labels.min() < 0 or labels.max() >= DIGITS:
         found = f"{labels.dtype} {tuple(labels.shape)}"
         raise ValueError(f"labels: found {found}, expected int64 ({n},) in 0 to {DIGITS - 1}")
@@ -1063,7 +1077,7 @@ def progress_bar(args, total, what, unit, initial=0):
 class Run:
     """What surrounds a training loop: --resume, progress bar, log, checkpoints, Ctrl-C, torchrun.
 
-    `for step in run` counts from 1, or from where the checkpoint stopped, to args.steps.
+    `for step in run` counts from 1, or from where the checkpoint stopped, to self.steps.
     parts: the networks and the optimiser, all that a checkpoint holds of them.
     """
 
@@ -1127,12 +1141,12 @@ class Run:
                     self.save(again=True)
             self.add_row()
             self.save()
+            if args.world > 1:  # after an error it would wait for the other processes
+                dist.destroy_process_group()
         finally:
             self.bar.close()
             for name, handler in handlers.items():
                 signal.signal(name, handler)
-            if args.world > 1:
-                dist.destroy_process_group()
         self.say(f"{args.ckpt}: step {self.step}, {self.seconds:.0f} s of training")
         if self.step < self.steps:
             raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
@@ -1215,6 +1229,9 @@ class Run:
         self.step = ckpt["step"]
         self.seconds = ckpt["seconds"]
         if "optim" not in ckpt:
+            if self.step >= self.steps:
+                expected = f"expected more than the {self.step} of {self.args.ckpt}"
+                raise ValueError(f"--resume with --steps {self.steps}: {expected}")
             self.say(f"{self.args.ckpt}: averaged weights of step {self.step}, a fresh optimiser")
             for name in ("model", "ema"):
                 load_weights(self.parts[name], ckpt["ema"], self.args.ckpt)
@@ -1225,6 +1242,9 @@ class Run:
                 load_weights(part, ckpt[name], self.args.ckpt)
             else:
                 part.load_state_dict(ckpt[name])
+        for parameter, state in self.parts["optim"].state.items():  # CPU and GPU order the values otherwise
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.empty_like(parameter).copy_(state[key])
         self.log = ckpt["log"]
         torch.set_rng_state(ckpt["rng"]["cpu"])
         if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
@@ -1358,8 +1378,7 @@ def add_options(p):
     add(g, "--width", 216, "context: number of features, a multiple of 8", type=number(int, 8))
 
     g = p.add_argument_group("sampling")
-    samplers = ("dpm++", "ddim", "ddpm")
-    add(g, "--sampler", "dpm++", "DPM-Solver++(2M), DDIM, or DDPM over all T steps", choices=samplers)
+    add(g, "--sampler", "dpm++", "DPM-Solver++(2M), DDIM, or DDPM over all T steps", choices=SAMPLERS)
     add(g, "--sample-steps", CALLS, "network calls of dpm++ and ddim", type=positive)
     add(g, "--eta", 0.0, "ddim: 0 deterministic, 1 as noisy as ddpm", type=share)
     add(g, "--variance", "posterior", "ddpm: variance of the noise", choices=("posterior", "beta"))
@@ -1491,6 +1510,9 @@ def main(argv=None):
             message = f"{e}; pip install -r requirements.txt, and keep common.py beside this file"
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(1 if isinstance(e, FloatingPointError) else 2) from None
+    except torch.cuda.OutOfMemoryError as e:
+        print(f"error: {str(e).splitlines()[0]}; use a smaller --batch-size", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt as e:
         print(str(e) or "stopped", file=sys.stderr)
         raise SystemExit(130) from None

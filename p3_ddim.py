@@ -999,12 +999,12 @@ class Run:
                     self.save(again=True)
             self.add_row()
             self.save()
+            if args.world > 1:  # after an error it would wait for the other processes
+                dist.destroy_process_group()
         finally:
             self.bar.close()
             for name, handler in handlers.items():
                 signal.signal(name, handler)
-            if args.world > 1:
-                dist.destroy_process_group()
         self.say(f"{args.ckpt}: step {self.step}, {self.seconds:.0f} s of training")
         if self.step < args.steps:
             raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
@@ -1087,6 +1087,9 @@ class Run:
         self.step = ckpt["step"]
         self.seconds = ckpt["seconds"]
         if "optim" not in ckpt:
+            if self.step >= self.args.steps:
+                expected = f"expected more than the {self.step} of {self.args.ckpt}"
+                raise ValueError(f"--resume with --steps {self.args.steps}: {expected}")
             self.say(f"{self.args.ckpt}: averaged weights of step {self.step}, a fresh optimiser")
             for name in ("model", "ema"):
                 load_weights(self.parts[name], ckpt["ema"], self.args.ckpt)
@@ -1097,6 +1100,9 @@ class Run:
                 load_weights(part, ckpt[name], self.args.ckpt)
             else:
                 part.load_state_dict(ckpt[name])
+        for parameter, state in self.parts["optim"].state.items():  # CPU and GPU order the values otherwise
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.empty_like(parameter).copy_(state[key])
         self.log = ckpt["log"]
         torch.set_rng_state(ckpt["rng"]["cpu"])
         if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
@@ -1109,7 +1115,11 @@ def export(args):
     Its parameters are float16; settings, training command and --note stand beside them.
     """
     ckpt = load_checkpoint(args.ckpt)
-    model, _ = load_model(args.ckpt)
+    model, settings = load_model(args.ckpt)
+    if settings.course:
+        raise ValueError(
+            f"--ckpt {args.ckpt}: the course's network; export takes a checkpoint of this script"
+        )
     half = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
     state = {key: ckpt[key] for key in ("script", "args", "step", "seconds", "command")}
     state.update(note=args.note, ema={**model.state_dict(), **half})
@@ -1340,6 +1350,9 @@ def main(argv=None):
             message = f"{e}; pip install -r requirements.txt, and keep common.py beside this file"
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(1 if isinstance(e, FloatingPointError) else 2) from None
+    except torch.cuda.OutOfMemoryError as e:
+        print(f"error: {str(e).splitlines()[0]}; use a smaller --batch-size", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt as e:
         print(str(e) or "stopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1455,6 +1455,9 @@ def main(argv=None):
             message = f"{e}; pip install -r requirements.txt, and keep common.py beside this file"
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(1 if isinstance(e, FloatingPointError) else 2) from None
+    except torch.cuda.OutOfMemoryError as e:
+        print(f"error: {str(e).splitlines()[0]}; use a smaller --batch-size", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt as e:
         print(str(e) or "stopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -3,7 +3,7 @@
 #
 #   bash run_all.sh                          with the weights that come with it, minutes, results in results/
 #   bash run_all.sh --train                  trains all four on built-in data first, 15 minutes
-#   bash run_all.sh IN OUT [p1 p2 p3 p4]     trains on the course's data in IN, hours; called again it goes on
+#   bash run_all.sh IN OUT [p1 p2 p3 p4]     trains on the course's data in IN, a day; called again it goes on
 #   bash run_all.sh IN OUT reports [NAME...] the systems of the five reports, 2021 2022a 2022b 2022c 2023: days
 #
 # The graders' calls, with checkpoints/ beside this file or else the weights that come with it:

@@ -136,3 +136,15 @@ def test_hostile_files_are_not_executed(tmp_path):
     assert not marker.exists()
     torch.load(hostile, weights_only=False)  # the file does what it says
     assert marker.exists()
+
+
+@pytest.mark.parametrize("script", TRAIN, ids=lambda script: script.__name__)
+def test_too_little_memory_of_a_gpu_is_one_line(script, monkeypatch, capsys):
+    def allocate(args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setitem(script.MODES, "train", allocate)
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--mode", "train", "--device", "cpu"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and line.startswith("error: CUDA out of memory") and "--batch-size" in line

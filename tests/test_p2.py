@@ -292,6 +292,12 @@ def test_resume_is_bit_equal(tmp_path, options):
 
     whole = run("whole.pt", 6)
     run("parts.pt", 3)
+    other = torch.load(tmp_path / "parts.pt", weights_only=True)  # as a GPU writes it
+    for state in other["optim"]["state"].values():
+        for key, value in state.items():
+            if value.ndim == 4:
+                state[key] = value.contiguous(memory_format=torch.channels_last)
+    torch.save(other, tmp_path / "parts.pt")
     parts = run("parts.pt", 6, "--resume")
     assert parts["step"] == whole["step"] == 6
     for key in ("model", "ema"):
@@ -303,6 +309,25 @@ def test_resume_is_bit_equal(tmp_path, options):
     assert re.match(
         r"step,loss,gradient,images_per_s,seconds\n3,.*\n6,", (tmp_path / "parts.log.csv").read_text()
     )
+
+
+def test_generate_refuses_what_it_cannot_do(ckpt):
+    model, settings = p2.load_model(ckpt)
+    for digits, options, expected in (
+        ([3, 10], {}, "expected integers in 0 to 9"),
+        ([-1], {}, "expected integers in 0 to 9"),
+        ([3], {"sampler": "dpm"}, "expected one of dpm"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            p2.generate(model, settings, digits, calls=2, **options)
+
+
+@pytest.mark.parametrize("side", [29, 30])
+def test_train_refuses_a_size_that_the_network_cannot_halve(side, tmp_path):
+    args = p2.parse_args(["--mode", "train", "--steps", "1", "--ckpt", str(tmp_path / "x.pt"), *SHORT])
+    images = torch.zeros(10, 3, side, side, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="expected multiples of 4"):
+        p2.train(args, images, torch.arange(10))
 
 
 @pytest.mark.slow

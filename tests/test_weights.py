@@ -60,12 +60,32 @@ def test_export(script, tmp_path, error, capsys):
     if script in (p1, p4):  # no D, no teacher: a half of the state would be another method
         assert str(small) in error(script.main, [*go_on, *TRAIN[script]])
         return
+    finished = error(script.main, [*go_on, *TRAIN[script], "--steps", "2"])
+    assert "--steps 2: expected more than the 2" in finished
     script.main([*go_on, *TRAIN[script]])
     assert "averaged weights of step 2, a fresh optimiser" in capsys.readouterr().out
     state = torch.load(small, weights_only=True)
     assert state["step"] == 3 and state["optim"]["state"][0]["step"] == 1
     moved = [(state["model"][name].float() - value).abs().max() for name, value in after.state_dict().items()]
     assert 0 < max(moved) < 0.01  # one step of Adam away from the file's weights
+
+
+def test_export_refuses_the_network_of_the_course(tmp_path, error, monkeypatch):
+    small = {key: value for key, value in p3.COURSE.items() if key != "channels"} | {"channels": [32, 32]}
+    monkeypatch.setattr(p3, "COURSE", small)
+    network = p3.UNet([32, 32], small["blocks"], small["attention"], small["dropout"])
+    torch.save(network.state_dict(), tmp_path / "UNet.pt")
+    options = [
+        "--mode",
+        "export",
+        "--ckpt",
+        str(tmp_path / "UNet.pt"),
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    assert "the course's network" in error(p3.main, options)
 
 
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
