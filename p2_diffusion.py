@@ -10,8 +10,8 @@ guidance interval (2404.07724).
   python p2_diffusion.py --mode eval --input digits --data hw2_data   # digit accuracy and diversity
   python p2_diffusion.py --mode grid --out figures                    # grid, reverse process, guidance
 
-Real MNIST-M, --seed 0: 99.3 % digit accuracy of 1000 images, diversity 1.025, after 10,000 steps.
-Training took 103 minutes on one core of an AMD EPYC. README.md has the tables and the commands.
+Real MNIST-M, 10,000 steps: 99.5 +- 0.2 % digit accuracy of 1000 images, diversity 1.034 +- 0.011 (three
+seeds). Training took 103 minutes on one core of an AMD EPYC. README.md has the tables and the commands.
 """
 
 # SPDX-License-Identifier: MIT
