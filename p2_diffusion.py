@@ -413,10 +413,9 @@ def generate(
     """
     if numbers is None:
         numbers = range(1, len(digits) + 1)
-    if not set(map(int, digits)) <= set(range(DIGITS)):
-        raise ValueError(
-            f"digits: found {sorted(set(map(int, digits)))}, expected integers in 0 to {DIGITS - 1}"
-        )
+    wrong = set(map(int, digits)) - set(range(DIGITS))
+    if wrong:
+        raise ValueError(f"digits: found {sorted(wrong)}, expected integers in 0 to {DIGITS - 1}")
     if sampler not in SAMPLERS:
         raise ValueError(f"--sampler {sampler}: expected one of {', '.join(SAMPLERS)}")
     if sampler != "ddpm" and calls > settings.T:
@@ -527,8 +526,7 @@ def grid(args):
     rows = []
     for w in weights:
         options = {**sampling(args), "guidance": w}
-        pieces = [generate(model, settings, [d] * args.num, **options) for d in range(DIGITS)]
-        images = torch.cat(pieces)
+        images = torch.cat([generate(model, settings, [d] * args.num, **options) for d in range(DIGITS)])
         right = classify(classifier, images.to(args.device)).cpu() == torch.tensor(digits)
         print(f"w = {w}: accuracy {right.float().mean():.3f} of {len(digits)} digits")
         rows.append(images[:: args.num])

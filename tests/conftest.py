@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["TQDM_DISABLE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +19,16 @@ class Hostile:
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
+
+
+def write_as_a_gpu(path):
+    """Gives Adam's moments in a checkpoint the memory format that training on a GPU gives them."""
+    ckpt = torch.load(path, weights_only=True)
+    for state in ckpt["optim"]["state"].values():
+        for key, value in state.items():
+            if value.ndim == 4:
+                state[key] = value.contiguous(memory_format=torch.channels_last)
+    torch.save(ckpt, path)
 
 
 def pytest_addoption(parser):

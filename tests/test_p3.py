@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Hostile
+from conftest import ROOT, Hostile, write_as_a_gpu
 from PIL import Image
 
 import common
@@ -579,12 +579,7 @@ def test_resume_is_bit_equal(tmp_path, monkeypatch, how):
             train(tmp_path / "parts.pt", 6, "--dropout", 0.2)
         assert stop.value.code == 130
     assert torch.load(tmp_path / "parts.pt", weights_only=True)["step"] == 3
-    other = torch.load(tmp_path / "parts.pt", weights_only=True)  # as a GPU writes it
-    for state in other["optim"]["state"].values():
-        for key, value in state.items():
-            if value.ndim == 4:
-                state[key] = value.contiguous(memory_format=torch.channels_last)
-    torch.save(other, tmp_path / "parts.pt")
+    write_as_a_gpu(tmp_path / "parts.pt")
     parts = train(tmp_path / "parts.pt", 6, "--dropout", 0.2, "--resume")
     assert parts["step"] == 6
     for key in ("model", "ema"):

@@ -71,21 +71,12 @@ def test_export(script, tmp_path, error, capsys):
 
 
 def test_export_refuses_the_network_of_the_course(tmp_path, error, monkeypatch):
-    small = {key: value for key, value in p3.COURSE.items() if key != "channels"} | {"channels": [32, 32]}
+    small = {**p3.COURSE, "channels": [32, 32]}
     monkeypatch.setattr(p3, "COURSE", small)
     network = p3.UNet([32, 32], small["blocks"], small["attention"], small["dropout"])
     torch.save(network.state_dict(), tmp_path / "UNet.pt")
-    options = [
-        "--mode",
-        "export",
-        "--ckpt",
-        str(tmp_path / "UNet.pt"),
-        "--out",
-        str(tmp_path),
-        "--device",
-        "cpu",
-    ]
-    assert "the course's network" in error(p3.main, options)
+    command = (run, p3, "--mode", "export", "--ckpt", tmp_path / "UNet.pt", "--out", tmp_path)
+    assert "the course's network" in error(*command)
 
 
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
