@@ -4,9 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-os.environ["TQDM_DISABLE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"  # before the first import of tqdm, which reads it then; torch imports tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -23,6 +22,8 @@ class Hostile:
 
 def write_as_a_gpu(path):
     """Gives Adam's moments in a checkpoint the memory format that training on a GPU gives them."""
+    import torch
+
     ckpt = torch.load(path, weights_only=True)
     for state in ckpt["optim"]["state"].values():
         for key, value in state.items():
