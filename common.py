@@ -568,7 +568,10 @@ def classify(net, images):
 
 
 def load_weights(net, path, device, expected):
-    """Fills `net` from a state dict or a dict that has one, and returns it; ValueError for anything else."""
+    """Fills `net` from a state dict or a dict that has one; returns what the file holds.
+
+    Raises ValueError for anything else, and where a weight is not finite.
+    """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         net.load_state_dict(state.get("state_dict", state))
@@ -576,6 +579,8 @@ def load_weights(net, path, device, expected):
         raise
     except Exception as e:  # torch.load raises many types for damaged or hostile files
         raise ValueError(f"{path}: not a state dict of {expected} ({type(e).__name__})") from e
+    if not all(value.isfinite().all() for value in net.state_dict().values()):
+        raise ValueError(f"{path}: holds weights that are not finite")
     return state
 
 
@@ -664,7 +669,9 @@ def load_inception(path, device):
     path: its state dict, else ValueError or OSError; None: the published one, downloaded once ("FID"), or
     random weights of seed 0, whose distance is no FID ("fd_random").
     """
-    net = inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     net.Mixed_7c = MaxPoolE(2048)
     name = "FID"
     if path is not None:
@@ -820,7 +827,8 @@ def score_images(generated, reference, weights, device):
             _, probabilities = inception_features(net.eval().to(device), images)
             classes = "torchvision's 1000 classes, as the course's IS.py"
     result["is"] = inception_score(probabilities)
-    print("IS {:.3f} +- {:.3f} (10 splits, {})".format(*result["is"], classes))
+    splits = min(10, len(images))
+    print("IS {:.3f} +- {:.3f} ({} splits, {})".format(*result["is"], splits, classes))
     try:
         result["face_rate"] = face_rate(images)
         print(f"face rate {result['face_rate']:.4f} (dlib HOG, exactly one face)")
@@ -1196,6 +1204,9 @@ def main(argv=None):
         advice = "; pip install -r requirements.txt" if isinstance(e, ModuleNotFoundError) else ""
         print("error:", f"{e}{advice}".replace("\n", " "), file=sys.stderr)
         code = 2
+    except torch.cuda.OutOfMemoryError as e:
+        print(f"error: {str(e).splitlines()[0]}; CUDA_VISIBLE_DEVICES= uses the CPU", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         code = 130
     raise SystemExit(code)

@@ -16,6 +16,7 @@ accuracy of 1000 images after 132 minutes. README.md has the tables and the comm
 
 # SPDX-License-Identifier: MIT
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -649,7 +650,8 @@ def write_whole(path, write):
             write(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
         raise OSError(f"{path}: cannot be written ({reason})") from e
 
@@ -683,18 +685,18 @@ def log_path(ckpt):
 def load_checkpoint(path):
     """The dict of a checkpoint of this script, read without running code from it."""
     if not Path(path).is_file():
-        advice = f"make one with: python {NAME}.py --mode train --data DIR --ckpt {path}"
+        options = f"--data DIR --ckpt {path} and the same --method and --report"
+        advice = f"make one with: python {NAME}.py --mode train {options}"
         raise FileNotFoundError(f"--ckpt {path}: no such file; {advice}")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises many types for damaged or hostile files
         raise ValueError(f"--ckpt {path}: not a readable checkpoint ({type(e).__name__})") from e
-    found = list(ckpt)[:3] if isinstance(ckpt, dict) else type(ckpt).__name__
-    if "script" in found:
-        found = ckpt["script"]
-    if found == NAME and "args" in ckpt:
+    found = ckpt.get("script", list(ckpt)[:3]) if isinstance(ckpt, dict) else type(ckpt).__name__
+    known = found == NAME and isinstance(ckpt.get("args"), dict) and isinstance(ckpt.get("ema"), dict)
+    if known:
         ckpt["args"].setdefault("report", None)  # files from before it was an option
-    if found != NAME or {"ema", "args"} - ckpt.keys() or set(NETWORK) - ckpt["args"].keys():
+    if not known or set(NETWORK) - ckpt["args"].keys():
         raise ValueError(f"--ckpt {path}: found {found}, expected a checkpoint of this {NAME}.py")
     return ckpt
 
@@ -702,18 +704,20 @@ def load_checkpoint(path):
 def load_weights(net, state, path):
     """Fills `net` from a state dict; names of DistributedDataParallel and torch.compile are understood.
 
-    Raises ValueError where names or shapes differ, or a weight is not finite.
+    Raises ValueError where names or shapes differ, or a weight is sparse or not finite.
     """
-    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
+    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value for name, value in state.items()}
+    found = {name: tuple(getattr(value, "shape", [])) for name, value in weights.items()}
     wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     differ = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
     if differ:
         first = f"{differ[0]} is {found.get(differ[0])}, expected {wanted.get(differ[0])}"
         raise ValueError(f"--ckpt {path}: {len(differ)} weights are not this network's; {first}")
-    broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    sparse = [name for name, value in weights.items() if value.layout != torch.strided]
+    broken = sparse or [name for name, value in weights.items() if not torch.isfinite(value).all()]
     if broken:
-        raise ValueError(f"--ckpt {path}: {len(broken)} weights are not finite, for instance {broken[0]}")
+        message = f"{len(broken)} weights are sparse or not finite, for instance {broken[0]}"
+        raise ValueError(f"--ckpt {path}: {message}")
     net.load_state_dict(weights)
 
 
@@ -964,6 +968,8 @@ def export(args):
     state = {key: ckpt[key] for key in ("script", "args", "step", "seconds", "command")}
     state.update(note=args.note, ema={**model.state_dict(), **half})
     path = Path(args.out) / Path(args.ckpt).name
+    if path.exists() and path.samefile(args.ckpt):
+        raise ValueError(f"--out {args.out}: holds --ckpt {args.ckpt} itself; give another folder")
     write_whole(path, lambda file: torch.save(state, file))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
@@ -1056,7 +1062,7 @@ def add_options(p):
     text += " without --decay and --instance-noise, and not for acgan"
     add(g, "--steps", None, text, type=positive)
     add(g, "--epochs", None, "passes over the images, instead of --steps", "none", type=positive)
-    g.add_argument("--resume", action="store_true", help="go on from --ckpt exactly")
+    g.add_argument("--resume", action="store_true", help="go on from --ckpt, exactly if --precision is equal")
     text = "also keep a checkpoint <ckpt>_<step>.pt every so many steps; 0: none"
     add(g, "--keep", 0, text, type=number(int, 0))
     add(g, "--batch-size", None, "images per step; sample: images at a time", type=number(int, 2))
@@ -1139,10 +1145,8 @@ def parse_args(argv=None):
     add(first, "--report", None, text, "ours", metavar="NAME")
     first.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes of training")
     preset, _ = first.parse_known_args(argv)
-    style = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=style, allow_abbrev=False, parents=[first]
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False, parents=[first])
     p.error = fail
     add_options(p)
     set_method(p, preset.method, preset.report)
@@ -1152,9 +1156,10 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.command = shlex.join(["python", f"{NAME}.py", *argv])
 
-    if args.epochs and args.epochs != p.get_default("epochs"):
-        if args.steps != p.get_default("steps"):
-            fail(f"--epochs {args.epochs} and --steps {args.steps}: expected one of them")
+    given = {text.split("=")[0] for text in argv}
+    if {"--epochs", "--steps"} <= given:
+        fail(f"--epochs {args.epochs} and --steps {args.steps}: expected one of them")
+    if "--epochs" in given:
         args.steps = None
     if args.label_smoothing > 0 and args.loss != "bce":
         found = f"--label-smoothing {args.label_smoothing} with --loss {args.loss} of --method {args.method}"
@@ -1164,17 +1169,13 @@ def parse_args(argv=None):
     if len(args.ckpts) > 1 and args.mode != "grid":
         fail(f"--ckpt {' '.join(args.ckpts)}: --mode {args.mode} takes one; only grid shows several")
     args.ckpt = args.ckpts[0]
-    args.rank = 0
-    args.world = 1
-    if dist.is_torchelastic_launched():  # left-over variables of another launcher do not count
-        args.rank = int(os.environ["RANK"])
-        args.world = int(os.environ["WORLD_SIZE"])
+    launched = dist.is_torchelastic_launched()  # left-over variables of another launcher do not count
+    args.rank = int(os.environ["RANK"]) if launched else 0
+    args.world = int(os.environ["WORLD_SIZE"]) if launched else 1
     if args.world > 1 and args.mode not in ("train", "sample"):
         fail(f"--mode {args.mode} with {args.world} processes: only train and sample share their work")
     args.device = choose_device(args.device)
-    args.bf16 = args.precision == "bf16"
-    if args.precision == "auto":
-        args.bf16 = bf16_is_fast(args.device)
+    args.bf16 = bf16_is_fast(args.device) if args.precision == "auto" else args.precision == "bf16"
     return args
 
 

@@ -19,6 +19,7 @@ face rate 97.8 %, after 13,407 of 20,000 steps (688 minutes on one shared core o
 
 # SPDX-License-Identifier: MIT
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -40,7 +41,7 @@ from PIL import Image
 
 T = 1000
 SAMPLERS = ("ddim", "dpm++", "ddpm")
-LAST = 40  # dpm++'s last time, own network: distances of 500 faces are 228, 180, 169, 171 at 0, 20, 40, 60
+LAST = 40  # dpm++'s last time, own network: with an earlier one distances 228, 180, 169, 171 at 0, 20, 40, 60
 
 
 # ---------------- networks ----------------
@@ -174,10 +175,7 @@ class UNet(nn.Module):
         for module in self.part("mid"):
             h = module(h, time)
         for module in self.part("up"):
-            if isinstance(module, Block):
-                h = module(torch.cat([h, skips.pop()], 1), time)
-            else:
-                h = module(h)
+            h = module(torch.cat([h, skips.pop()], 1), time) if isinstance(module, Block) else module(h)
         return self.out(h)
 
 
@@ -212,7 +210,7 @@ def diffusion_loss(model, x0, alpha_bar, gamma):
     error = (out - (a * eps - s * x0)).square().mean((1, 2, 3))  # v = a eps - s x0
     if gamma == 0:
         return error.mean()
-    # min(snr, gamma) weighs the error of x0, which is 1 / (snr + 1) times that of v
+    # x0's error, which is 1 / (snr + 1) of v's, has the weight min(snr, gamma)
     snr = alpha_bar[t] / (1 - alpha_bar[t])
     return ((snr.clamp(max=gamma) / (snr + 1)).float() * error).mean()
 
@@ -294,7 +292,10 @@ def ddim_inverse(predict, x, alpha_bar, times, iterations=3, end=1.0):
 
 
 def dpm_solver(predict, x, alpha_bar, times):
-    """DPM-Solver++(2M) (2211.01095, algorithm 2); x: noise (B, 3, H, W). Returns images in [-1, 1]."""
+    """DPM-Solver++(2M) (2211.01095, algorithm 2), then one prediction of x0 at the last time.
+
+    x: noise (B, 3, H, W). Returns images, about in [-1, 1].
+    """
     a = alpha_bar.sqrt().tolist()
     s = (1 - alpha_bar).sqrt().tolist()
     before = None  # (h, x0) of the step before
@@ -318,7 +319,7 @@ def ddim_times(calls):
 
 
 def log_snr_times(alpha_bar, calls, last):
-    """Times from T - 1, pure noise, down to `last`; evenly spaced in lambda, half the log-SNR, from -4 on.
+    """T - 1, then times evenly spaced in lambda, half the log-SNR, down to `last`, as if T - 1 were at -4.
 
     Below -4 an image is almost pure noise. Fewer than `calls` times where two coincide.
     """
@@ -334,7 +335,7 @@ def log_snr_times(alpha_bar, calls, last):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Power-function average over about the last tenth of training (2312.02696, equation 15: gamma 16)."""
+    """Power-function average over about the last tenth of training (2312.02696, section 3.1: gamma 16)."""
     weight = 1 - (1 - 1 / step) ** 17
     for average, parameter in zip(ema.parameters(), model.parameters()):
         average.lerp_(parameter, weight)
@@ -416,7 +417,7 @@ def sampling_times(settings, sampler, calls):
         return list(range(T))[::-1]
     if sampler == "ddim":
         return ddim_times(calls)
-    # a last time above 0 leaves the finest noise to one call, which a small network does better
+    # the last call removes all noise below LAST, which a small network does better than several calls
     last = 0 if settings.course else LAST
     return log_snr_times(make_alpha_bar(), calls, last)
 
@@ -508,14 +509,13 @@ class Watched:
 
 
 def use_bf16(args, settings):
-    """--precision auto leaves the course's network in float32."""
+    """True for bf16; --precision auto leaves the course's network in float32."""
     return args.bf16 and (args.precision == "bf16" or not settings.course)
 
 
 def sampling(args, settings):
     """The keyword arguments of `generate` that the command line sets, but eta."""
-    options = dict(seed=args.seed, sampler=args.sampler, calls=args.sample_steps)
-    return dict(options, bf16=use_bf16(args, settings))
+    return dict(seed=args.seed, sampler=args.sampler, calls=args.sample_steps, bf16=use_bf16(args, settings))
 
 
 def network_calls(args, settings):
@@ -529,7 +529,7 @@ def describe(args, settings):
 
 
 def batches(args, numbers, shape):
-    """`numbers` in groups of --batch-size, or of as many images as have the pixels of five 256x256."""
+    """`numbers` in groups of --batch-size, or of as many images as have the pixels of five 256x256 ones."""
     size = args.batch_size or max(1, 5 * 256**2 // math.prod(shape[-2:]))
     return [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
@@ -625,7 +625,7 @@ def read_folder(args, size):
 
 
 def mse(args):
-    """Prints the mean squared error (0 to 255, float64) of each image of --input against --gt."""
+    """Prints each image's mean squared error against --gt, of pixel values 0 to 255 in float64."""
     from common import list_images, read_image
 
     mine = {path.name: path for path in list_images(args.input)}
@@ -661,14 +661,13 @@ def evaluate(args):
         write_text(args.out, json.dumps(result, indent=1))
 
 
-def figure(args, name, network, noise, rows, columns, title="", scale=1.5):
+def figure(args, name, model, settings, noise, rows, columns, title="", scale=1.5):
     """Writes the figure `name` into --out: images of noise (N, 3, H, W) at each eta, as rows and columns.
 
-    network: of load_model. An eta that is repeated adds other noise: keys (i, 1), (i, 2), ...
+    An eta that is repeated adds other noise: keys (i, 1), (i, 2), ...
     """
     from common import save_grid
 
-    model, settings = network
     path = Path(args.out) / name
     trial = path.with_name(f".trial-{name}")
     title = f"{title}{describe(args, settings)}"
@@ -693,11 +692,11 @@ def figure(args, name, network, noise, rows, columns, title="", scale=1.5):
 
 def eta_grid(args):
     """Writes eta_grid.png into --out: rows eta, columns the first four noises."""
-    network = load_model(args.ckpt, args.device)
-    noise = StartNoise(args, network[1], 4)
+    model, settings = load_model(args.ckpt, args.device)
+    noise = StartNoise(args, settings, 4)
     rows = [f"eta = {eta}" for eta in args.eta]
     columns = [f"{name}.pt" for name in noise.names]
-    figure(args, "eta_grid.png", network, noise(range(4)), rows, columns, scale=2.5)
+    figure(args, "eta_grid.png", model, settings, noise(range(4)), rows, columns, scale=2.5)
 
 
 def slerp(a, b, weight):
@@ -714,8 +713,8 @@ def slerp(a, b, weight):
 
 def interpolate(args):
     """Writes interpolation.png into --out: slerp above lerp of the first two noises; prints their norms."""
-    network = load_model(args.ckpt, args.device)
-    noise = StartNoise(args, network[1], 2)
+    model, settings = load_model(args.ckpt, args.device)
+    noise = StartNoise(args, settings, 2)
     a, b = noise(range(2))
     weights = [i / 10 for i in range(11)]
     latents = []
@@ -724,22 +723,23 @@ def interpolate(args):
         print(f"norm, {name}: " + "  ".join(f"{x.norm():.1f}" for x in row))
         latents += row
     title = f"from {noise.names[0]} to {noise.names[1]}, "
-    figure(args, "interpolation.png", network, torch.stack(latents), ["slerp", "lerp"], weights, title)
+    latents = torch.stack(latents)
+    figure(args, "interpolation.png", model, settings, latents, ["slerp", "lerp"], weights, title)
 
 
 def grid(args):
     """Writes first.png (32 images), training.png and network.txt into --out."""
     from common import save_curves
 
-    network = load_model(args.ckpt, args.device)
-    noise = StartNoise(args, network[1], 32)
+    model, settings = load_model(args.ckpt, args.device)
+    noise = StartNoise(args, settings, 32)
     out = Path(args.out)
-    parameters = sum(p.numel() for p in network[0].parameters())
-    write_text(out / "network.txt", f"{parameters:,} parameters\n{network[0]}\n")
+    parameters = sum(p.numel() for p in model.parameters())
+    write_text(out / "network.txt", f"{parameters:,} parameters\n{model}\n")
     log = log_path(args.ckpt)
     if log.is_file():
         save_curves(out / "training.png", log, ["loss"], "training loss")
-    figure(args, "first.png", network, noise(range(32)), [""] * 4, [""] * 8)
+    figure(args, "first.png", model, settings, noise(range(32)), [""] * 4, [""] * 8)
     print(f"{out}: {', '.join(sorted(os.listdir(out)))}")
 
 
@@ -773,7 +773,7 @@ def check_size(sides, settings, what):
 def check_training_set(args, images):
     """Raises ValueError unless images are uint8 (N, 3, H, H), with H a multiple that the network needs."""
     n, *shape = images.shape
-    if images.dtype != torch.uint8 or shape[:1] != [3] or shape[1:2] != shape[2:] or n == 0:
+    if images.dtype != torch.uint8 or images.ndim != 4 or shape[0] != 3 or shape[1] != shape[2] or not n:
         found = f"{images.dtype} {tuple(images.shape)}"
         raise ValueError(f"images: found {found}, expected uint8 (N, 3, H, H)")
     check_size(shape[1:], args, "images")
@@ -825,7 +825,8 @@ def write_whole(path, write):
             write(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
         raise OSError(f"{path}: cannot be written ({reason})") from e
 
@@ -878,7 +879,7 @@ def load_checkpoint(path):
         args = ckpt.get("args")
         known = ckpt["script"] == NAME and isinstance(args, dict) and isinstance(ckpt.get("ema"), dict)
         if not known or {"size", *NETWORK} - args.keys():
-            raise ValueError(f"--ckpt {path}: found {ckpt['script']} of other settings, {expected}")
+            raise ValueError(f"--ckpt {path}: found {ckpt['script']}, {expected}")
         return ckpt
     for wrapper in ("state_dict", "model"):
         if isinstance(ckpt.get(wrapper), dict):
@@ -912,7 +913,7 @@ def load_model(path, device="cpu"):
 
     settings.prediction: "v" or "eps". settings.size: height and width of its images.
     settings.course: True for the course's network: float32 by default, images scaled by min and max.
-    Raises ValueError or OSError where the file is neither.
+    Raises ValueError or OSError where the file is none of these.
     """
     ckpt = load_checkpoint(path)
     settings = argparse.Namespace(**{**OWN, **ckpt["args"], "device": torch.device(device)})
@@ -1100,7 +1101,7 @@ class Run:
                 load_weights(part, ckpt[name], self.args.ckpt)
             else:
                 part.load_state_dict(ckpt[name])
-        for parameter, state in self.parts["optim"].state.items():  # CPU and GPU order the values otherwise
+        for parameter, state in self.parts["optim"].state.items():  # a GPU has them in channels_last
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.empty_like(parameter).copy_(state[key])
         self.log = ckpt["log"]
@@ -1124,6 +1125,8 @@ def export(args):
     state = {key: ckpt[key] for key in ("script", "args", "step", "seconds", "command")}
     state.update(note=args.note, ema={**model.state_dict(), **half})
     path = Path(args.out) / Path(args.ckpt).name
+    if path.exists() and path.samefile(args.ckpt):
+        raise ValueError(f"--out {args.out}: holds --ckpt {args.ckpt} itself; give another folder")
     write_whole(path, lambda file: torch.save(state, file))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
@@ -1214,7 +1217,7 @@ def add_options(p):
     g = p.add_argument_group("training")
     text = "steps in all; with --resume a larger number prolongs the run"
     add(g, "--steps", 20000, text, type=positive)
-    text = "go on from --ckpt exactly; of weights alone with a new optimiser"
+    text = "go on from --ckpt, exactly if --precision is equal; of weights alone with a new optimiser"
     g.add_argument("--resume", action="store_true", help=text)
     sizes = "train 32; else 5 of 256x256, 80 of 64x64"
     add(g, "--batch-size", None, "images per step; elsewhere images at a time", sizes, type=positive)
@@ -1247,7 +1250,6 @@ DEFAULTS = {
     "grid": {"out": "p3_figures"},
 }
 FAST = {"steps": 1500, "size": 32}
-DPM = {"sample_steps": 10}
 
 
 def check_options(args):
@@ -1281,17 +1283,15 @@ def parse_args(argv=None):
     text = "preset: sampler and eta grid of a report; only 2023 has this problem"
     add(first, "--report", None, text, "ours", choices=tuple(REPORTS))
     preset, _ = first.parse_known_args(argv)
-    style = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=style, allow_abbrev=False, parents=[first]
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False, parents=[first])
     p.error = fail
     add_options(p)
     p.set_defaults(**DEFAULTS.get(preset.mode, {}))
     if preset.fast and preset.mode == "train":
         p.set_defaults(**FAST)
     if preset.sampler == "dpm++":
-        p.set_defaults(**DPM)
+        p.set_defaults(sample_steps=10)
     if preset.report:
         if preset.mode == "train":
             fail(f"--report {preset.report}: it trains nothing; it samples with the course's --ckpt UNet.pt")
@@ -1303,17 +1303,13 @@ def parse_args(argv=None):
 
     check_options(args)
     args.ckpt = args.ckpt or find_ckpt(NAME, args.mode)
-    args.rank = 0
-    args.world = 1
-    if dist.is_torchelastic_launched():  # left-over variables of another launcher do not count
-        args.rank = int(os.environ["RANK"])
-        args.world = int(os.environ["WORLD_SIZE"])
+    launched = dist.is_torchelastic_launched()  # left-over variables of another launcher do not count
+    args.rank = int(os.environ["RANK"]) if launched else 0
+    args.world = int(os.environ["WORLD_SIZE"]) if launched else 1
     if args.world > 1 and args.mode not in ("train", "sample"):
         fail(f"--mode {args.mode} with {args.world} processes: only train and sample share their work")
     args.device = choose_device(args.device)
-    args.bf16 = args.precision == "bf16"
-    if args.precision == "auto":
-        args.bf16 = bf16_is_fast(args.device)
+    args.bf16 = bf16_is_fast(args.device) if args.precision == "auto" else args.precision == "bf16"
     return args
 
 

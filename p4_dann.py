@@ -22,6 +22,7 @@ and the commands.
 
 # SPDX-License-Identifier: MIT
 import argparse
+import contextlib
 import csv
 import io
 import itertools
@@ -495,7 +496,7 @@ def write_predictions(args):
 def read_labels(path):
     """Rows (image_name, label) of a CSV, both as text; ValueError where it is not in the course's form."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             rows = [row for row in csv.reader(file) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f"{path}: cannot be read as CSV ({e})") from e
@@ -779,7 +780,7 @@ def report_losses(args, model, ema, x, y, u, p):
 # What five teams did differently. (o): the report does not say; ours. All have the reports' input, RGB in
 # [-1, 1], lambda_ of the paper, and predict with the network of the last step.
 REPORTS = {
-    "2021": dict(optimizer="adam", lr=2e-4, epochs=20),  # (o) the batch
+    "2021": dict(optimizer="adam", lr=2e-4),  # 20 epochs, 30 from USPS to SVHN; (o) the batch
     "2022a": dict(optimizer="radam", lr=1e-5, batch_size=60, epochs=20),  # (o) the epochs
     "2022b": dict(optimizer="adam", steps=2000),  # (o) all but lambda_
     "2022c": dict(optimizer="adam", decay="thirds", domain_weight=2.0, steps=2000),  # three losses in one sum
@@ -800,14 +801,11 @@ EVERY_REPORT |= dict(betas=[0.9, 0.999], weight_decay=0.0, decay="none", clip=ma
 
 def of_direction(args, scenario):
     """{arch, epochs} of a report for one of its directions; what the command line says counts more."""
-    own = dict(arch=REPORT_ARCHS[args.report][0], epochs=args.epochs)
-    if args.report == "2021" and scenario == "usps-svhn":
-        own["arch"] = "tiny"
-        if args.epochs == REPORTS["2021"]["epochs"]:
-            own["epochs"] = 30
-    if args.arch is not None:
-        own["arch"] = args.arch
-    return own
+    arch = REPORT_ARCHS[args.report][0]
+    epochs = None
+    if args.report == "2021":
+        arch, epochs = ("tiny", 30) if scenario == "usps-svhn" else ("large", 20)
+    return dict(arch=args.arch or arch, epochs=args.epochs or epochs)
 
 
 # ---------------- service: files, checkpoints, command line ----------------
@@ -872,7 +870,8 @@ def write_whole(path, write):
             write(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
         raise OSError(f"{path}: cannot be written ({reason})") from e
 
@@ -911,15 +910,12 @@ def load_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises many types for damaged or hostile files
         raise ValueError(f"--ckpt {path}: not a readable checkpoint ({type(e).__name__})") from e
-    found = type(ckpt).__name__
-    settings = None
-    if isinstance(ckpt, dict):
-        found = ckpt.get("script", list(ckpt)[:3])
-        settings = ckpt.get("args")
-    if found == NAME and isinstance(settings, dict):  # files from before these were options
-        settings.setdefault("report", None)
-        settings.setdefault("dropout2d", True)
-    if found != NAME or "ema" not in ckpt or set(NETWORK) - set(settings or {}):
+    found = ckpt.get("script", list(ckpt)[:3]) if isinstance(ckpt, dict) else type(ckpt).__name__
+    known = found == NAME and isinstance(ckpt.get("args"), dict) and isinstance(ckpt.get("ema"), dict)
+    if known:  # files from before these were options
+        ckpt["args"].setdefault("report", None)
+        ckpt["args"].setdefault("dropout2d", True)
+    if not known or set(NETWORK) - ckpt["args"].keys():
         raise ValueError(f"--ckpt {path}: found {found}, expected a checkpoint of this {NAME}.py")
     return ckpt
 
@@ -927,18 +923,20 @@ def load_checkpoint(path):
 def load_weights(net, state, path):
     """Fills `net` from a state dict; names of DistributedDataParallel and torch.compile are understood.
 
-    Raises ValueError where names or shapes differ, or a weight is not finite.
+    Raises ValueError where names or shapes differ, or a weight is sparse or not finite.
     """
-    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
+    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value for name, value in state.items()}
+    found = {name: tuple(getattr(value, "shape", [])) for name, value in weights.items()}
     wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     differ = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
     if differ:
         first = f"{differ[0]} is {found.get(differ[0])}, expected {wanted.get(differ[0])}"
         raise ValueError(f"--ckpt {path}: {len(differ)} weights are not this network's; {first}")
-    broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    sparse = [name for name, value in weights.items() if value.layout != torch.strided]
+    broken = sparse or [name for name, value in weights.items() if not torch.isfinite(value).all()]
     if broken:
-        raise ValueError(f"--ckpt {path}: {len(broken)} weights are not finite, for instance {broken[0]}")
+        message = f"{len(broken)} weights are sparse or not finite, for instance {broken[0]}"
+        raise ValueError(f"--ckpt {path}: {message}")
     net.load_state_dict(weights)
 
 
@@ -1133,6 +1131,8 @@ def export(args):
     state = {key: ckpt[key] for key in ("script", "args", "step", "seconds", "command")}
     state.update(note=args.note, ema={**model.state_dict(), **half})
     path = Path(args.out) / Path(args.ckpt).name
+    if path.exists() and path.samefile(args.ckpt):
+        raise ValueError(f"--out {args.out}: holds --ckpt {args.ckpt} itself; give another folder")
     write_whole(path, lambda file: torch.save(state, file))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
@@ -1195,7 +1195,7 @@ def add(group, name, default, text, shown="%(default)s", **options):
 
 
 def add_options(p):
-    """All options but --mode and --fast."""
+    """All options but --mode, --fast and --report."""
     positive = number(int, 1)
     seed = number(int, 0, 2**32 - 1)
     own = "checkpoints/p4_METHOD_SOURCE_TARGET_ARCH_SEED.pt, else .weights/ beside the script; "
@@ -1226,7 +1226,7 @@ def add_options(p):
     text = "steps in all; --resume refuses another number, because the schedules depend on it"
     add(g, "--steps", 2000, text, type=positive)
     add(g, "--epochs", None, "passes over the labelled images, instead of --steps", "none", type=positive)
-    g.add_argument("--resume", action="store_true", help="go on from --ckpt exactly")
+    g.add_argument("--resume", action="store_true", help="go on from --ckpt, exactly if --precision is equal")
     add(g, "--batch-size", 64, "images per step, of each domain", type=number(int, 2))
     add(g, "--optimizer", "adamw", "AdamW, Adam or RAdam", choices=("adamw", "adam", "radam"))
     add(g, "--lr", 1e-3, "initial learning rate", type=number(float, 0))
@@ -1303,10 +1303,8 @@ def parse_args(argv=None):
     text = f"preset: network, input and training of a report, one of {', '.join(REPORTS)} (see REPORTS)"
     add(first, "--report", None, text, "ours", metavar="NAME")
     preset, _ = first.parse_known_args(argv)
-    style = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=style, allow_abbrev=False, parents=[first]
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False, parents=[first])
     p.error = fail
     add_options(p)
     if preset.report:
@@ -1318,9 +1316,10 @@ def parse_args(argv=None):
     args.command = shlex.join(["python", f"{NAME}.py", *argv])
 
     check_report(args)
-    if args.epochs and args.epochs != p.get_default("epochs"):
-        if args.steps != p.get_default("steps"):
-            fail(f"--epochs {args.epochs} and --steps {args.steps}: expected one of them")
+    given = {text.split("=")[0] for text in argv}
+    if {"--epochs", "--steps"} <= given:
+        fail(f"--epochs {args.epochs} and --steps {args.steps}: expected one of them")
+    if "--epochs" in given:
         args.steps = None
     if not args.clip > 0:
         fail(f"--clip {args.clip}: expected a number above 0, or inf")
@@ -1338,9 +1337,7 @@ def parse_args(argv=None):
     args.scenarios = list(dict.fromkeys(args.scenarios))
     args.seeds = list(dict.fromkeys(args.seeds))
     args.device = choose_device(args.device)
-    args.bf16 = args.precision == "bf16"
-    if args.precision == "auto":
-        args.bf16 = bf16_is_fast(args.device)
+    args.bf16 = bf16_is_fast(args.device) if args.precision == "auto" else args.precision == "bf16"
     if args.mode == "predict" and args.target is None:
         args.target = domain_of(args.input)
         if args.target is None and args.ckpts is None:
@@ -1430,8 +1427,9 @@ def check_ckpts(args):
     """Raises FileNotFoundError, with the command that makes it, for a checkpoint that is not there."""
     for path in args.ckpts:
         if not Path(path).is_file():
-            named = {"method": args.method, "source": args.source, "target": args.target}
-            options = " ".join(f"--{name} {value}" for name, value in named.items() if value is not None)
+            names = ("report", "method", "source", "target", "arch", "seed")
+            options = [f"--{name} {getattr(args, name)}" for name in names if getattr(args, name) is not None]
+            options = " ".join(options + ["--no-dropout2d"] * (not args.dropout2d))
             command = f"python {NAME}.py --mode train {options} --data DIR --ckpt {path}"
             raise FileNotFoundError(f"--ckpt {path}: no such file; make one with: {command}")
 

@@ -5,6 +5,7 @@ damaged, hostile and unwritable cache, names such as ../x.png in CSVs, PNG bombs
 leave the folder: test_common; damaged weights: test_metrics; several processes: test_torchrun.
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -148,3 +149,61 @@ def test_too_little_memory_of_a_gpu_is_one_line(script, monkeypatch, capsys):
         script.main(["--mode", "train", "--device", "cpu"])
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 1 and line.startswith("error: CUDA out of memory") and "--batch-size" in line
+
+
+def test_too_little_memory_for_fid_is_one_line(monkeypatch, capsys):
+    def allocate(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr(common, "score_images", allocate)
+    with pytest.raises(SystemExit) as stop:
+        common.main(["fid", "a", "b"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and line.startswith("error: CUDA out of memory") and "uses the CPU" in line
+
+
+@each()
+def test_damaged_checkpoints_are_named(script, tmp_path):
+    """Whatever stands in the place of the settings and the weights."""
+    ckpt = tmp_path / "model.pt"
+    script.train(script.parse_args(options(script, ckpt)), *data(script))
+    whole = torch.load(ckpt, weights_only=True)
+    name, value = next((name, value) for name, value in whole["ema"].items() if value.ndim == 4)
+    damages = [{"args": 5}, {"args": {}}, {"ema": [1]}, {"script": [1]}]
+    for change in ({name: 3}, {7: value}, {name: value.to_sparse()}, {name: value * math.nan}):
+        damages.append({"ema": {**whole["ema"], **change}})
+    for damage in damages:
+        torch.save({**whole, **damage}, tmp_path / "damaged.pt")
+        with pytest.raises(ValueError, match="damaged.pt: "):
+            script.load_model(tmp_path / "damaged.pt")
+    script.load_model(ckpt)
+
+
+@each()
+def test_export_does_not_replace_what_it_reads(script, tmp_path, error):
+    """Neither the state of training nor, in a fresh clone, weights whose note would be lost."""
+    ckpt = tmp_path / "model.pt"
+    script.train(script.parse_args(options(script, ckpt)), *data(script))
+    before = ckpt.read_bytes()
+    export = ["--mode", "export", "--ckpt", str(ckpt), "--out"]
+    assert "give another folder" in error(script.main, [*export, str(tmp_path)])
+    assert ckpt.read_bytes() == before
+    script.main([*export, str(tmp_path / "weights")])
+    assert (tmp_path / "weights" / "model.pt").is_file()
+
+
+@pytest.mark.parametrize("script", [*TRAIN, common], ids=lambda script: script.__name__)
+def test_what_cannot_be_written_is_named(script, tmp_path):
+    """And not the temporary file beside it."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match=r"model\.pt: cannot be written") as e:
+        script.write_whole(tmp_path / "file" / "model.pt", lambda file: file.write(b"x"))
+    assert ".tmp" not in str(e.value)
+
+
+def test_a_classifier_of_nan_is_refused(tmp_path):
+    """It would call every digit 0."""
+    state = {name: value * math.nan for name, value in common.Classifier().state_dict().items()}
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match="nan.pth: holds weights that are not finite"):
+        common.load_classifier(tmp_path / "nan.pth", "cpu")

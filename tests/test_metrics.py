@@ -190,7 +190,7 @@ def test_command_line_without_weights_says_that_it_is_no_fid(folders, tmp_path, 
     figures = json.loads((tmp_path / "new" / "out.json").read_text())
     assert figures["name"] == "fd_random" and "no FID" in err and "no network" in err
     assert out.startswith("fd_random ") and "(8 generated, 10 reference images)" in out.splitlines()[0]
-    assert "\nFID" not in out and "floor" in out and "KID" in out
+    assert "\nFID" not in out and "floor" in out and "KID" in out and "(8 splits" in out
     assert figures["n"] == 8 and figures["n_reference"] == 10 and figures["n_floor"] == 5
 
 

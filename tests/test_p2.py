@@ -594,6 +594,8 @@ except ValueError as e: assert "--resume" in str(e)
         (torch.zeros(4, 3, 28, 28), torch.zeros(4).long(), "images: found torch.float32"),
         (torch.zeros(4, 28, 28, 3).byte(), torch.zeros(4).long(), "images: found"),
         (torch.zeros(0, 3, 28, 28).byte(), torch.zeros(0).long(), "images: found"),
+        (torch.zeros(4, 3).byte(), torch.zeros(4).long(), "images: found"),
+        (torch.zeros(4, 3, 0, 0).byte(), torch.zeros(4).long(), "images: found"),
         (torch.zeros(4, 3, 28, 28).byte(), torch.zeros(4), "labels: found torch.float32"),
         (torch.zeros(4, 3, 28, 28).byte(), torch.full((4,), 10), "labels: found"),
     ],

@@ -654,6 +654,7 @@ def test_tensors_that_cannot_be_trained_on(tmp_path):
     )
     for bad, found in (
         (torch.zeros(4, 3, 16, 16), "found torch.float32"),
+        (torch.zeros(4, 3).byte(), "found torch.uint8"),
         (torch.zeros(4, 16, 16, 3).byte(), "found torch.uint8"),
         (torch.zeros(0, 3, 16, 16).byte(), "found torch.uint8"),
         (torch.zeros(4, 3, 20, 20).byte(), "found 20x20, expected multiples of 8"),
@@ -871,7 +872,7 @@ def test_bad_checkpoints(own, tmp_path, error):
     assert "found p1_gan" in message(saved({"script": "p1_gan", "args": {}}))
     old = torch.load(own, weights_only=True)
     del old["args"]["channels"]
-    assert "found p3_ddim of other settings" in message(saved(old))
+    assert "found p3_ddim, expected" in message(saved(old))
     assert "found Tensor" in message(saved(torch.zeros(3)))
     assert "found Tensor" in error(train, tmp_path / "bad.pt", 9, "--resume")
     assert "not a readable" in message(saved(Hostile(tmp_path / "executed")))

@@ -695,10 +695,23 @@ def test_the_scripts_own_folder_has_weights(ckpt, folder, tmp_path, monkeypatch,
         assert (here / used).resolve() == path.resolve()
     for place in places:
         shutil.rmtree(place, ignore_errors=True)
-    wanted = (
-        "--mode train --method dann-mt --source mnistm --target svhn --data DIR --ckpt checkpoints/p4_dann-mt"
-    )
-    assert wanted in error(run, command)
+    wanted = "--mode train --method dann-mt --source mnistm --target svhn --arch deep --seed 0 --data DIR"
+    assert f"{wanted} --ckpt checkpoints/p4_dann-mt" in error(run, command)
+    wanted = error(run, f"{command} --report 2022b --seed 2").split("p4_dann.py ")[1]
+    args = p4.parse_args(wanted.replace("DIR", "data").split())
+    assert (args.report, args.arch, args.seed) == ("2022b", "small", 2)
+    assert args.ckpt == f"checkpoints/{args.name}.pt"
+
+
+def test_eval_reads_what_predict_wrote_of_any_name(ckpt, tmp_path, capsys):
+    folder = tmp_path / "usps"
+    folder.mkdir()
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    shutil.copy(tmp_path / "a.png", os.fsencode(folder) + b"/\xff.png")
+    csv = tmp_path / "pred.csv"
+    run(f"--mode predict --device cpu --input {folder} --ckpt {ckpt} --out {csv}")
+    run(f"--mode eval --input {csv} --gt {csv}")
+    assert "Accuracy: 1/1 " in capsys.readouterr().out
 
 
 def write(path, text):

@@ -69,7 +69,7 @@ def test_presets():
     assert args.clip == math.inf and args.weight_decay == 0 and args.betas == [0.9, 0.999]
     assert p4.steps_of(args, torch.empty(44800, 0)) == 4400
     assert parse("2021", "mnistm-usps").epochs == 20 and parse("2021", "usps-svhn").epochs == 30
-    assert parse("2021", "usps-svhn", "--epochs", "3").epochs == 3
+    assert parse("2021", "usps-svhn", "--epochs", "20").epochs == 20
     assert parse("2022a", "mnistm-usps").optimizer == "radam"
     assert parse("2022c", "mnistm-usps").domain_weight == 2
     table = p4.parse_args(["--mode", "table", "--report", "2021"])
@@ -87,7 +87,9 @@ def test_refusals():
     assert "this report has paper" in message("--report", "2023", "--arch", "deep")
     assert "add --report" in message("--arch", "large")
     assert "only report 2021" in message("--no-dropout2d")
-    assert "expected one of them" in message("--report", "2023", "--steps", "2", "--epochs", "3")
+    for epochs in ("3", "100"):  # the second is the report's own
+        assert "expected one of them" in message("--report", "2023", "--steps", "2", "--epochs", epochs)
+    assert "expected one of them" in message("--steps", "2000", "--epochs", "3")
 
 
 def test_rate_falls_at_thirds():
