@@ -12,6 +12,7 @@ Papers: DCGAN (arXiv 1511.06434), WGAN-GP (1704.00028), spectral normalisation (
 Real data, --seed 0, one shared core of an AMD EPYC: sngan reaches a Frechet distance of 131.1 on
 EfficientNet-Lite0 (1000 faces against 2,025) after 16,000 steps, 173 minutes. acgan reaches 99.7 % digit
 accuracy of 1000 images after 132 minutes. README.md has the tables and the commands.
+The method is what stands above `# evaluate and plots`, in reading order.
 """
 
 # SPDX-License-Identifier: MIT

@@ -15,6 +15,7 @@ min-SNR weights (2303.09556), EMA and learning rate (2312.02696), fixed-point in
 
 Real faces, --seed 0, 1000 images by dpm++ with 10 calls: Frechet distance on EfficientNet-Lite0 104.4,
 face rate 97.8 %, after 13,407 of 20,000 steps (688 minutes on one shared core of an AMD EPYC).
+The method is what stands above `# evaluate and plots`, in reading order.
 """
 
 # SPDX-License-Identifier: MIT

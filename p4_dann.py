@@ -17,7 +17,7 @@ that its own average is sure of. It predicts from six grey views of an image's c
 Real data, three seeds, the last step's network: MNIST-M -> USPS 99.1 % (sd 0.1, 1,459 val images),
 USPS -> MNIST-M 96.0 % (sd 0.1, 11,200), MNIST-M -> SVHN 80.0 % (sd 1.9, 160 val images, 640 unlabelled
 training images). Training took 6 minutes a network on one core of an AMD EPYC. README.md has the table
-and the commands.
+and the commands. The method is what stands above `# evaluate and plots`, in reading order.
 """
 
 # SPDX-License-Identifier: MIT
@@ -1429,8 +1429,9 @@ def check_ckpts(args):
         if not Path(path).is_file():
             names = ("report", "method", "source", "target", "arch", "seed")
             options = [f"--{name} {getattr(args, name)}" for name in names if getattr(args, name) is not None]
-            options = " ".join(options + ["--no-dropout2d"] * (not args.dropout2d))
-            command = f"python {NAME}.py --mode train {options} --data DIR --ckpt {path}"
+            if not args.dropout2d:
+                options.append("--no-dropout2d")
+            command = f"python {NAME}.py --mode train {' '.join(options)} --data DIR --ckpt {path}"
             raise FileNotFoundError(f"--ckpt {path}: no such file; make one with: {command}")
 
 
