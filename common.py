@@ -271,7 +271,7 @@ def read_photographs(root):
     with tempfile.TemporaryDirectory() as unpacked:
         for archive in [*root.glob("BS[DR]*.t*"), *root.glob("bsds*.t*")]:
             root = Path(unpacked).resolve()
-            with tarfile.open(archive) as tar:  # extractall has filter= since Python 3.11.4 only
+            with tarfile.open(archive) as tar:  # extractall has filter= from Python 3.10.12 and 3.11.4 on
                 for member in filter(tarfile.TarInfo.isfile, tar):
                     path = (root / member.name).resolve()
                     if not path.is_relative_to(root):
@@ -672,7 +672,7 @@ def load_inception(path, device):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
-    net.Mixed_7c = MaxPoolE(2048)
+        net.Mixed_7c = MaxPoolE(2048)
     name = "FID"
     if path is not None:
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -961,12 +961,8 @@ $sections
 """)
 TITLES = {"p1": "GANs", "p2": "Conditional diffusion", "p3": "DDIM", "p4": "Domain adaptation"}
 LABELS = {"is": "inception score", "accuracy": "digit accuracy", "diversity": "diversity"}
-LABELS |= {
-    "psnr": "PSNR in dB",
-    "face_rate": "face rate",
-    "mse": "mean squared error",
-    "largest": "largest mean squared error",
-}
+LABELS |= {"psnr": "PSNR in dB", "face_rate": "face rate", "mse": "mean squared error"}
+LABELS["largest"] = "largest mean squared error"
 DOMAIN_NAMES = {"mnistm": "MNIST-M", "svhn": "SVHN", "usps": "USPS"}
 # problem or method, label: the better of two, the course's bar, best of the reports
 BARS = {
@@ -1010,15 +1006,15 @@ def read_scores(path):
             report = path.parent.name.removeprefix("p4_table").replace("_", " ")
             for scenario, runs in value.items():
                 label = " → ".join(DOMAIN_NAMES[domain] for domain in scenario.split("-"))
-                share = np.mean([run["accuracy"] for run in runs])
+                share = float(np.mean([run["accuracy"] for run in runs]))
                 scores.append(("p4", key[:4], label, key + report, share, len(runs)))
         elif key in labels:
-            value = np.ravel(value)[0]  # of mean and deviation the mean
+            value = float(np.ravel(value)[0])  # of mean and deviation the mean
             problem, whose = path.stem[:2], path.stem[3:]
             if path.parent.name[2:].startswith("_figures"):
                 problem, whose = path.parent.name[:2], path.stem
             scores.append((problem, problem, labels[key], whose, value, result.get("n", "")))
-    return [(*score[:4], float(score[4]), score[5]) for score in scores]
+    return scores
 
 
 def shown(label, value):

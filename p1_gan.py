@@ -5,7 +5,7 @@ Papers: DCGAN (arXiv 1511.06434), WGAN-GP (1704.00028), spectral normalisation (
 
   python p1_gan.py --mode train --fast --ckpt fast.pt                # sngan on built-in faces, minutes
   python p1_gan.py --mode train --method dcgan --data hw2_data       # the reports' method A
-  python p1_gan.py --mode train --method sngan --data hw2_data       # method B; acgan: digits by class
+  python p1_gan.py --mode train --method sngan --data hw2_data       # ours; also wgangp, and acgan: digits
   python p1_gan.py --mode sample --method sngan --out faces          # 0000.png ... 0999.png
   python p1_gan.py --mode grid --ckpt checkpoints/p1_dcgan.pt checkpoints/p1_sngan.pt --out figures
 
@@ -63,13 +63,13 @@ class Generator(nn.Module):
     def __init__(self, z_dim=Z, bias=False):
         super().__init__()
         self.main = nn.Sequential(
-            up(z_dim, 512, 1, 0, bias),  # (B, 512, 4, 4)
+            up(z_dim, 512, stride=1, padding=0, bias=bias),  # (B, 512, 4, 4)
             up(512, 256, bias=bias),  # (B, 256, 8, 8)
             up(256, 128, bias=bias),  # (B, 128, 16, 16)
             up(128, 64, bias=bias),  # (B, 64, 32, 32)
             nn.ConvTranspose2d(64, 3, 4, 2, 1, bias=bias),  # (B, 3, 64, 64)
         )
-        self.register_buffer("gain", torch.ones(()))  # recalibrate() sets that of the averaged generator
+        self.register_buffer("gain", torch.ones(()))  # 1 in training; recalibrate() sets the average's
 
     def logits(self, z):
         """The image before gain and tanh, (B, 3, 64, 64)."""
@@ -91,7 +91,7 @@ class DigitGenerator(nn.Module):
         self.main = nn.Sequential(*layers, nn.Conv2d(64, 3, 3, padding=1), nn.Tanh())
 
     def forward(self, z, y):
-        return self.main(self.start(z * self.label(y)))  # concatenated, G learned to ignore z
+        return self.main(self.start(z * self.label(y)))  # a product: in a concatenation G ignored z
 
 
 def down(conv, batch_norm):
@@ -104,7 +104,8 @@ class Discriminator(nn.Module):
     """DCGAN's discriminator: (B, 3, 64, 64) -> logits (B,), digit logits (B, digits).
 
     norm: batch (2,765,568 parameters), none (WGAN-GP's critic, 2,763,776), or spectral: spectral norm
-    beside BatchNorm. Spectral norm alone learns too slowly to teach G in 64 epochs.
+    beside BatchNorm. Spectral norm alone learns too slowly to teach G with 448,000 images.
+    WGAN-GP's has neither norm nor bias, so critic(2x) = 2 critic(x).
     """
 
     def __init__(self, norm, bias=False, digits=0):
@@ -119,7 +120,7 @@ class Discriminator(nn.Module):
             down(conv(64, 128), norm != "none"),  # (B, 128, 16, 16)
             down(conv(128, 256), norm != "none"),  # (B, 256, 8, 8)
             down(conv(256, 512), norm != "none"),  # (B, 512, 4, 4)
-            conv(512, 1 + digits, 1, 0),
+            conv(512, 1 + digits, stride=1, padding=0),
             nn.Flatten(),  # (B, 1 + digits)
         )
 
@@ -155,7 +156,7 @@ class DigitDiscriminator(nn.Module):
 
 
 def dcgan_init(module):
-    """N(0, 0.02) for convolutions, N(1, 0.02) for BatchNorm (1511.06434, section 4)."""
+    """N(0, 0.02) for convolutions (1511.06434, section 4), N(1, 0.02) for BatchNorm, as in its code."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -174,7 +175,7 @@ def build(args):
         g = Generator()
         d = Discriminator(norms[args.method])
         g.apply(dcgan_init)
-        if args.method != "sngan":  # spectral norm sets the scale of its own
+        if args.method != "sngan":  # spectral norm sets its own scale
             d.apply(dcgan_init)
     return tuple(net.to(args.device, memory_format=torch.channels_last) for net in (g, d))
 
@@ -207,14 +208,14 @@ def gradient_penalty(critic, real, fake):
 
 
 def translate(x):
-    """Moves each image of x (B, C, H, W) by up to an eighth of its size, into zeros (2006.10738)."""
+    """Moves each image of x (B, C, H, W) by up to an eighth of its size; zeros come in (2006.10738)."""
     b, _, h, w = x.shape
-    dy, dx = torch.randint(-(h // 8), h // 8 + 1, (2, b), device=x.device)
-    # indices into the image with a border of one pixel: 0 and h + 1 are the border
-    rows = (torch.arange(h, device=x.device) + dy[:, None]).clamp(-1, h) + 1  # (B, H)
-    columns = (torch.arange(w, device=x.device) + dx[:, None]).clamp(-1, w) + 1  # (B, W)
+    border = h // 8
+    dy, dx = torch.randint(2 * border + 1, (2, b), device=x.device)
+    rows = torch.arange(h, device=x.device) + dy[:, None]  # (B, H), of the padded image
+    columns = torch.arange(w, device=x.device) + dx[:, None]  # (B, W)
     image = torch.arange(b, device=x.device)[:, None, None]
-    padded = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # (B, H + 2, W + 2, C)
+    padded = F.pad(x, [border] * 4).permute(0, 2, 3, 1)  # (B, H + 2 border, W + 2 border, C)
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -236,21 +237,22 @@ def d_step(args, g, d, optim, images, labels, progress):
     i = torch.randint(len(images), (args.batch_size // args.world,), device=args.device)
     real = images[i].float() / 127.5 - 1
     y = labels[i] if args.method == "acgan" else None
-    if args.report == "2021" and args.method == "acgan":
+    if args.report == "2021" and args.method == "acgan":  # its networks have 64x64 pixels
         real = F.interpolate(real, 64, mode="bilinear")
     if args.flip:
         mirrored = torch.rand(len(real), 1, 1, 1, device=args.device) < 0.5
         real = torch.where(mirrored, real.flip(3), real)
+    # cached: one power iteration of the spectral norm for both calls of D
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16), parametrize.cached():
         with torch.no_grad():
             fake = g(torch.randn(len(real), Z, device=args.device), y).float()
         real_logits, digits = d(shown(args, real, progress))
         fake_logits, fake_digits = d(shown(args, fake, progress))
         loss = d_loss(args.loss, real_logits, fake_logits, args.label_smoothing)
-        if args.method == "acgan":  # and read the real digits
+        if args.method == "acgan":
             loss = loss + F.cross_entropy(digits, y)
-        if args.method == "acgan" and args.report:  # and generated ones, as in 1610.09585; ours does not
-            loss = loss + F.cross_entropy(fake_digits, y)
+            if args.report:  # 1610.09585 also reads the generated digits; ours does not
+                loss = loss + F.cross_entropy(fake_digits, y)
     if args.method == "wgangp":  # weight 10, as in 1704.00028
         loss = loss + 10 * gradient_penalty(lambda x: d(x)[0], real, fake)
     norm = update(args, d, optim, loss)
@@ -295,7 +297,7 @@ def rate(decay, progress):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """Average over about the last 1 / (1 - decay) steps, fewer at the start (1806.04498)."""
+    """Average over about the last 1 / (1 - decay) rounds, fewer at the start (1806.04498)."""
     weight = 1 - min(decay, (step - 1) / (step + 9))
     for average, parameter in zip(ema.parameters(), model.parameters()):
         average.lerp_(parameter, weight)
@@ -304,7 +306,10 @@ def update_ema(ema, model, step, decay):
 
 
 def find_gain(logits, spread, low=0.1, high=4.0):
-    """The gain at which tanh(gain * logits) has the mean standard deviation `spread` over the images."""
+    """The gain at which tanh(gain * logits) has the mean standard deviation `spread` over the images.
+
+    It is about 1.4 for faces; `high` where the images are too much alike for any gain.
+    """
     for _ in range(12):  # to a thousandth
         gain = (low + high) / 2
         if torch.tanh(gain * logits).std(0).mean() < spread:
@@ -319,9 +324,11 @@ def recalibrate(args, ema, spread):
     """Gives the averaged generator what training does not, from ten batches of 100, in float32.
 
     BatchNorm statistics of its own: those of training do not fit averaged weights (1809.11096).
-    Faces also get the training images' contrast. A D with BatchNorm cannot teach it, for it hides the scale
-    of a batch. spread: the mean over pixels of the training images' standard deviation, in [-1, 1].
+    Faces also get the training images' contrast: BatchNorm hides the scale of a batch, so D cannot teach it.
+    spread: the mean over pixels of the training images' standard deviation, in [-1, 1].
     """
+    if args.ema == 0:  # it is G, and stays as it was trained
+        return
     for module in ema.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
@@ -356,14 +363,13 @@ def train(args, images, labels=None):
     options = dict(betas=(args.beta1, args.beta2), weight_decay=args.weight_decay, fused=True)
     optim_g = torch.optim.AdamW(g.parameters(), args.lr, **options)
     optim_d = torch.optim.AdamW(d.parameters(), args.lr_d, **options)
-    spread = images[:: max(len(images) // 1000, 1)].float().std(0).mean().item() / 127.5
-    # before the average is saved or shown; a report's generator stays as it was trained
-    finish = (lambda: None) if args.report else partial(recalibrate, args, ema, spread)
+    spread = images[:: max(len(images) // 1000, 1)].float().std(0).mean().item() / 127.5  # of a thousand
+    finish = partial(recalibrate, args, ema, spread)  # before the average is saved or shown
     run = Run(args, images, finish, model=g, ema=ema, discriminator=d, optim_g=optim_g, optim_d=optim_d)
     images = images.to(args.device)
     if args.method == "acgan":
         labels = labels.to(args.device)
-    losses = dict.fromkeys(COLUMNS, torch.zeros((), device=args.device))
+    losses = dict.fromkeys(COLUMNS, torch.zeros((), device=args.device))  # G's: 0 until its first step
     for step in run:
         progress = (step - 1) / run.steps
         optim_g.param_groups[0]["lr"] = args.lr * rate(args.decay, progress)
@@ -380,20 +386,10 @@ def train(args, images, labels=None):
 # ---------------- sample ----------------
 
 
-class Noise:
-    """Normal noise of `shape` for each image; every call draws anew, from a generator for each image.
-
-    keys: a tuple of integers for each image; its noise depends on (seed, key) alone.
-    """
-
-    def __init__(self, keys, shape, seed=0, device="cpu"):
-        self.generators = [np.random.default_rng([seed, *key]) for key in keys]
-        self.shape = shape
-        self.device = device
-
-    def __call__(self):
-        draws = [g.standard_normal(self.shape, np.float32) for g in self.generators]
-        return torch.from_numpy(np.stack(draws)).to(self.device)
+def latents(keys, seed=0):
+    """Normal noise (N, 100). keys: a tuple of integers for each image; its noise is of (seed, key) alone."""
+    draws = [np.random.default_rng([seed, *key]).standard_normal(Z, np.float32) for key in keys]
+    return torch.from_numpy(np.stack(draws))
 
 
 def to_uint8(x):
@@ -405,7 +401,7 @@ def to_uint8(x):
 def generate(model, settings, z, digits=None):
     """Images of the latents z (N, 100): uint8 (N, 3, H, W) on the CPU, computed in float32.
 
-    model, settings: of load_model. z: for instance Noise([(i,) for i in range(N)], (100,))().
+    model, settings: of load_model. z: for instance latents([(i,) for i in range(N)]).
     digits: N integers in 0..9, for acgan alone. Raises ValueError for what is not of this form.
     """
     check_latents(settings.method, z, digits)
@@ -430,7 +426,7 @@ def image_keys(method, count):
 def from_keys(model, settings, keys, seed):
     """The images of `keys`, uint8 (N, 3, H, W); each depends on (seed, key) alone."""
     digits = [key[0] for key in keys] if settings.method == "acgan" else None
-    return generate(model, settings, Noise(keys, (Z,), seed)(), digits)
+    return generate(model, settings, latents(keys, seed), digits)
 
 
 def tile(images, columns):
@@ -443,14 +439,13 @@ def tile(images, columns):
 
 def first_images(model, settings, seed):
     """The first 32 faces, or 10 images of each digit, as one picture (3, H, W)."""
-    if settings.method == "acgan":
-        return tile(from_keys(model, settings, image_keys("acgan", 10), seed), 10)
-    return tile(from_keys(model, settings, image_keys(settings.method, 32), seed), 8)
+    count, columns = (10, 10) if settings.method == "acgan" else (32, 8)
+    return tile(from_keys(model, settings, image_keys(settings.method, count), seed), columns)
 
 
 def interpolation(model, settings, seed):
     """Four rows of nine images, slerp between two latents; acgan: rows of the digits 0 to 3."""
-    z = Noise([(number,) for number in range(8)], (Z,), seed)()
+    z = latents([(number,) for number in range(8)], seed)
     a = z[0::2]
     b = z[1::2]
     w = torch.linspace(0, 1, 9)[:, None, None]
@@ -486,7 +481,7 @@ def sample(args):
 
 def evaluate(args):
     """Prints digit accuracy and diversity of --input's images (acgan), or FID, KID and IS against the
-    val faces of --data; --out gets them as JSON. The checkpoint says which, or --method where there is none.
+    val faces of --data; --out gets them as JSON. The checkpoint says which, without one --method.
     """
     from common import face_folder, score_digits, score_images
 
@@ -511,10 +506,8 @@ def grid(args):
 
     names = [Path(path).name.removesuffix(".pt") for path in args.ckpts]
     if len(set(names)) < len({Path(path).resolve() for path in args.ckpts}):
-        found = " ".join(args.ckpts)
-        raise ValueError(
-            f"--ckpt {found}: pictures of files of one name would overwrite each other; rename one"
-        )
+        reason = "pictures of files of one name would overwrite each other; rename one"
+        raise ValueError(f"--ckpt {' '.join(args.ckpts)}: {reason}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     pictures = []
@@ -534,11 +527,8 @@ def grid(args):
             save_curves(out / f"training_{name}.png", log, columns, title, yscale="linear")
     alike = [picture for picture in pictures if picture.shape == pictures[0].shape]
     if len(alike) > 1:
-        gap = torch.full((3, alike[0].shape[1], 24), 255, dtype=torch.uint8)
-        parts = [alike[0]]
-        for picture in alike[1:]:
-            parts += [gap, picture]
-        write_png(out / "compare.png", torch.cat(parts, 2))
+        apart = [F.pad(picture, (0, 24), value=255) for picture in alike]
+        write_png(out / "compare.png", torch.cat(apart, 2)[:, :, :-24])
     print(f"{out}: {', '.join(sorted(os.listdir(out)))}")
 
 
@@ -570,8 +560,8 @@ def networks_2021(method):
     return g.apply(dcgan_init), d.apply(dcgan_init)
 
 
-# What four teams did differently from PRESETS. (p): the report does not say, the paper does. (o): neither
-# says; ours. Method A of all reports is dcgan.
+# What four reports say of their training; PRESETS has the rest. (p): the report does not say, the paper
+# does. (o): neither says; ours. Method A of all reports is dcgan.
 # fmt: off
 REPORTS = {
     "2021": {
@@ -585,8 +575,8 @@ REPORTS = {
     },
     "2022b": {
         "dcgan": dict(),
-        "sngan": dict(loss="bce", weight_decay=0.01, label_smoothing=0.1, instance_noise=0.1,  # (o) how much
-                      g_updates=1, batch_size=64, steps=7000),  # (o)
+        "sngan": dict(loss="bce", g_updates=1, batch_size=64, steps=7000,  # (o) but for the loss
+                      weight_decay=0.01, label_smoothing=0.1, instance_noise=0.1),  # (o) how much
     },
     "2022c": {
         "dcgan": dict(n_critic=2),  # (o) "several" updates of D
@@ -750,22 +740,18 @@ def progress_bar(args, total, what, unit, initial=0):
 def average_gradients(net, args):
     """Replaces gradients by their mean over the processes of torchrun.
 
-    DistributedDataParallel does not go with the second derivatives of the penalty.
+    DistributedDataParallel cannot: it does not support torch.autograd.grad, which the penalty takes.
     """
-    if args.world == 1:
-        return
-    gradients = [p.grad for p in net.parameters()]
-    flat = torch.cat([gradient.flatten() for gradient in gradients]) / args.world
-    dist.all_reduce(flat)
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts):
-        gradient.copy_(part.view_as(gradient))
+    if args.world > 1:
+        for parameter in net.parameters():
+            parameter.grad /= args.world
+            dist.all_reduce(parameter.grad)
 
 
 def fixed_length(args):
     """What makes a step depend on --steps, so that a run cannot be prolonged; "" where nothing does."""
-    if args.method == "acgan":
-        return "acgan, whose loss of the digits grows over the run,"
+    if args.method == "acgan" and args.digit_weight != 1:
+        return f"--digit-weight {args.digit_weight}"
     if args.decay != "none":
         return f"--decay {args.decay}"
     return "--instance-noise" if args.instance_noise > 0 else ""
@@ -836,7 +822,7 @@ class Run:
                 show = self.step % 500 == 0 and self.step < self.steps
                 if due or keep or show or self.step % every == 0:
                     self.add_row()
-                if args.ema > 0 and (due or keep or show):
+                if due or keep or show:
                     self.finish()
                 if keep:
                     self.save(f"{self.name}_{self.step:06d}.pt", again=True)
@@ -846,8 +832,7 @@ class Run:
                 if show:
                     self.show()
             self.add_row()
-            if args.ema > 0:
-                self.finish()
+            self.finish()
             self.save(args.ckpt)
             self.show()
             if args.world > 1:  # after an error it would wait for the other processes
@@ -1054,13 +1039,12 @@ def add_options(p):
     add(p, "--num", None, text, f"{FACE_NUM} faces, {DIGIT_NUM} of each digit", type=positive)
     add(p, "--seed", 0, "random seed of training and of the samples", type=number(int, 0, 2**63 - 1))
     add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
-    precisions = ("auto", "bf16", "float32")
     text = "of training; auto: bf16 autocast where the hardware is fast at it"
-    add(p, "--precision", "auto", text, choices=precisions)
+    add(p, "--precision", "auto", text, choices=("auto", "bf16", "float32"))
 
     g = p.add_argument_group("training")
     text = "updates of D in all; with --resume another number only where no step depends on it:"
-    text += " without --decay and --instance-noise, and not for acgan"
+    text += " without --decay, --instance-noise and, for acgan, --digit-weight"
     add(g, "--steps", None, text, type=positive)
     add(g, "--epochs", None, "passes over the images, instead of --steps", "none", type=positive)
     g.add_argument("--resume", action="store_true", help="go on from --ckpt, exactly if --precision is equal")
@@ -1088,8 +1072,7 @@ def add_options(p):
     g.add_argument("--no-flip", dest="flip", action="store_false", help="do not mirror faces at random")
 
 
-# What each method trains with. lr: of the generator, lr_d: of the discriminator, n_critic: D updates per
-# round, g_updates: G updates after them, ema: decay of the averaged generator, 0 for none.
+# What each method trains with; -h explains the names.
 # fmt: off
 PRESETS = {
     "dcgan":  dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=1, ema=0.0,

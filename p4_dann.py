@@ -11,8 +11,9 @@ pseudo-labels (2001.07685), distribution alignment (1911.09785), BatchNorm of th
   python p4_dann.py --mode tsne --data hw2_data --target svhn              # features by digit and domain
 
 dann is the paper's gradient reversal, on grey images, with an averaged network that predicts. dann-mt, the
-default, adds augmentation and a mean teacher: after 30 % of training the network also learns the digits
-that its own average is sure of. It predicts from six grey views of an image's colours.
+default, adds augmentation, a domain head that knows the digit, and a mean teacher: after 30 % of training
+the network also learns the digits that its own average is sure of. It predicts from six grey views of an
+image's colours. source, source-aug (augmented) and target learn from one domain's labels alone.
 
 Real data, three seeds, the last step's network: MNIST-M -> USPS 99.1 % (sd 0.1, 1,459 val images),
 USPS -> MNIST-M 96.0 % (sd 0.1, 11,200), MNIST-M -> SVHN 80.0 % (sd 1.9, 160 val images, 640 unlabelled
@@ -47,6 +48,8 @@ import torch.nn.functional as F
 SIZE = 28
 DIGITS = 10
 DOMAINS = ("mnistm", "svhn", "usps")
+# args.training: plain (methods source, target), supervised (source-aug), dann, dann-mt
+AUGMENTED = ("supervised", "dann-mt")  # they also predict from six views; the DANN paper has neither
 
 
 # ---------------- networks ----------------
@@ -70,18 +73,10 @@ def conv(c_in, c_out, k, padding=0):
     return nn.Sequential(nn.Conv2d(c_in, c_out, k, padding=padding), nn.BatchNorm2d(c_out), nn.ReLU())
 
 
-def mlp(act, *widths):
-    """Linear layers with BatchNorm and `act` between them."""
-    layers = []
-    for c_in, c_out in zip(widths[:-2], widths[1:-1]):
-        layers += [nn.Linear(c_in, c_out), nn.BatchNorm1d(c_out), act()]
-    return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
-
-
 class Net(nn.Module):
     """CNN features with a label head and a domain head; 611,788 parameters.
 
-    forward(x): float (B, 3, 28, 28) in [-1, 1] -> logits (B, 10).
+    forward(x): float (B, 3, 28, 28) in [-1, 1] -> logits (B, 10); training calls embed, label and domain.
 
     Every image is made grey and standardised first. This input is ours, not the paper's:
     colour, contrast and brightness tell domains apart, not digits. The reports' input is RGB as it is.
@@ -89,7 +84,7 @@ class Net(nn.Module):
     pairs: pairs of domain logits in "deep": one, or one for each digit (dann-mt, 614,110 parameters).
     views: whether forward is the mean of the logits of six views (see colour_views), so the geometric
     mean of their probabilities.
-    report: whether the input is the reports'. dropout2d: 2021's small network has Dropout2d.
+    report: whether the input is the reports'. dropout2d: whether 2021's tiny networks have Dropout2d.
     """
 
     def __init__(self, arch="deep", pairs=1, views=False, report=False, dropout2d=True):
@@ -114,14 +109,18 @@ class Net(nn.Module):
                 nn.Flatten(),  # (B, 256)
             )
             self.label = nn.Sequential(nn.Dropout(0.5), nn.Linear(256, DIGITS))
-            self.domain = mlp(nn.ReLU, 256, 128, 2 * pairs)
+            hidden = [nn.Linear(256, 128), nn.BatchNorm1d(128), nn.ReLU()]
+            self.domain = nn.Sequential(*hidden, nn.Linear(128, 2 * pairs))
         else:
             self.features, self.label, self.domain = report_layers(arch, dropout2d)
         # in the EMA network: the mean probability of each digit on the target
         self.register_buffer("marginal", torch.full((DIGITS,), 1 / DIGITS))
 
     def embed(self, x):
-        """(B, 3, 28, 28) -> features (B, C); of the grey, standardised image, unless it is a report's."""
+        """(B, 3, 28, 28) -> features (B, C) of the grey, standardised image, or of a report's as it is.
+
+        In training ours gets Gaussian noise, for all methods (as in 1706.05208).
+        """
         if self.report:
             return self.features(F.interpolate(x, self.size, mode="bilinear"))
         x = x.mean(1, keepdim=True)  # (B, 1, 28, 28)
@@ -137,9 +136,6 @@ class Net(nn.Module):
         return self.label(self.embed(colour_views(x))).view(6, len(x), DIGITS).mean(0)
 
 
-AUGMENTED = ("supervised", "dann-mt")  # the DANN paper trains on images as they are
-
-
 def colour_views(x):
     """The channels of colour images and their differences, as grey images: (B, 3, H, W) -> (6B, 3, H, W).
 
@@ -153,7 +149,8 @@ def colour_views(x):
 def build(args):
     """The network of args.arch and args.training, on args.device."""
     pairs = DIGITS if args.training == "dann-mt" else 1
-    net = Net(args.arch, pairs, args.training in AUGMENTED, args.report is not None, args.dropout2d)
+    views = args.training in AUGMENTED
+    net = Net(args.arch, pairs, views, report=args.report is not None, dropout2d=args.dropout2d)
     return net.to(args.device, memory_format=torch.channels_last)
 
 
@@ -169,8 +166,9 @@ def augment(x, strength, neighbours=False):
     neighbours: half of the images get two others of the batch beside them, as digits of house numbers have.
     """
     b = len(x)
+    # exponential variables, divided by their sum, are uniform over the convex mixtures
     weights = -torch.rand(b, 3, 1, 1, device=x.device).clamp(min=1e-6).log()
-    x = (x * weights / weights.sum(1, keepdim=True)).sum(1, keepdim=True)  # uniform over convex mixtures
+    x = (x * weights / weights.sum(1, keepdim=True)).sum(1, keepdim=True)  # (B, 1, H, W)
     spread = strength * torch.tensor([0.25, 0.3, 0.3, 0.3, 0.15, 0.15], device=x.device)
     angle, wide, high, shear, dx, dy = (torch.rand(6, b, device=x.device) * 2 - 1) * spread[:, None]
     cos = angle.cos()
@@ -212,7 +210,7 @@ def random_convolution(x):
     x = x[:, :1].float()  # (B, 1, H, W)
     distance = torch.arange(-3, 4, device=x.device).abs()
     radius = torch.randint(4, (b, 1, 1, 1), device=x.device)
-    inside = torch.maximum(distance[:, None], distance) <= radius
+    inside = torch.maximum(distance[:, None], distance) <= radius  # (B, 1, 7, 7)
     kernel = inside * torch.randn(b, 1, 7, 7, device=x.device)
     padded = F.pad(x, (3, 3, 3, 3), "reflect").transpose(0, 1)  # the images as channels, a kernel for each
     y = F.conv2d(padded, kernel, groups=b).transpose(0, 1)
@@ -220,9 +218,9 @@ def random_convolution(x):
     spread = x.std((2, 3), keepdim=True)
     y = y - y.mean((2, 3), keepdim=True)
     y = mean + y * spread / (y.std((2, 3), keepdim=True) + 1e-3)
-    share = torch.rand(b, 1, 1, 1, device=x.device)
+    y = torch.lerp(x, y, torch.rand(b, 1, 1, 1, device=x.device))
     chosen = torch.rand(b, 1, 1, 1, device=x.device) < 0.5
-    return torch.lerp(x, y, share * chosen).expand(-1, 3, -1, -1)
+    return torch.where(chosen, y, x).expand(-1, 3, -1, -1)
 
 
 def strong(x):
@@ -230,31 +228,23 @@ def strong(x):
     return random_convolution(augment(x, 1.0, neighbours=True))
 
 
-def schedules(p, training="dann", decay="paper"):
-    """(lambda_, factor of the learning rate) at progress p in [0, 1] (1505.07818, section 5.2.2).
-
-    dann-mt's learning rate falls linearly to 0. decay: paper, none, or thirds: a tenth at 1/3 and 2/3.
-    """
-    factor = 1 - p if training == "dann-mt" else (1 + 10 * p) ** -0.75
-    if decay == "none":
-        factor = 1.0
-    elif decay == "thirds":
-        factor = 0.1 ** int(3 * p)
-    return 2 / (1 + math.exp(-10 * p)) - 1, factor
+def reversal(p):
+    """lambda_ at progress p in [0, 1] of training (1505.07818, section 5.2.2): it rises from 0 to 1."""
+    return 2 / (1 + math.exp(-10 * p)) - 1
 
 
 def domain_loss(net, source, target, lambda_, digits=None):
     """Cross-entropy of the domain head on gradient-reversed features (B, C) of both domains.
 
     domain head: minimise it; features: maximise it, lambda_ times as strongly (1505.07818).
-    digits: (2B, 10), the probabilities of the digits, mix a head's ten pairs of logits into one. So the
-    threes of one domain are matched with the threes of the other (1809.02176 has a head for each digit).
+    digits: (2B, 10), probabilities; they weight the ten pairs of logits of dann-mt's head, other heads
+    ignore them. So the threes of one domain are matched with those of the other (1809.02176 has ten heads).
     """
     features = ReverseGradient.apply(torch.cat([source, target]), lambda_)
-    logits = net.domain(features).float()
+    logits = net.domain(features).float()  # (2B, 2), dann-mt's (2B, 20), most reports' (2B, 1)
     if logits.shape[1] == 2 * DIGITS:
         logits = (digits[:, :, None] * logits.view(-1, DIGITS, 2)).sum(1)
-    if logits.shape[1] == 1:  # the reports' have the logit of "target" alone
+    if logits.shape[1] == 1:  # the logit of "target" alone
         logits = F.pad(logits, (1, 0))
     domain = torch.ones(len(logits), dtype=torch.long, device=logits.device)
     domain[: len(source)] = 0
@@ -282,7 +272,7 @@ def consistency_loss(student, probabilities, threshold):
     return (sure * F.cross_entropy(student, digit, reduction="none")).mean(), sure.mean()
 
 
-THRESHOLD = 0.9  # the teacher's probability from which its digit counts
+THRESHOLD = 0.9  # the teacher's digit counts where its probability is above this
 ALIGN = 0.5  # 0: pseudo-labels as they come; 1: all digits made equally frequent
 START = 0.3  # the share of training after which the consistency loss sets in
 RAMP = 0.2  # the share of training within which its weight then rises to CONSISTENCY
@@ -301,23 +291,23 @@ def losses(args, model, ema, x, y, u, p):
     nothing = torch.zeros((), device=x.device)
 
     # label head and features: minimise the cross-entropy of the labelled digits
-    features = model.embed(strong(x) if augmented else x)
-    class_loss = F.cross_entropy(model.label(features).float(), y)
+    source = model.embed(strong(x) if augmented else x)
+    class_loss = F.cross_entropy(model.label(source).float(), y)
     if u is None:
         return class_loss, nothing, nothing
 
-    # the teacher is the EMA network (1703.01780); this also fills its BatchNorm statistics, for dann too
+    # the teacher is the EMA network (1703.01780); dann has none, but this pass sets the BatchNorm statistics
+    # with which the EMA network predicts
     with torch.no_grad():
-        taught = ema.embed(augment(u, 0.3) if augmented else u)
-        teacher = ema.label(taught).float().softmax(1)
+        features = ema.embed(augment(u, 0.3) if augmented else u)
+        teacher = ema.label(features).float().softmax(1)
         ema.marginal.lerp_(teacher.mean(0), 0.01)
 
     # domain head: minimise the cross-entropy of the domains, features: maximise it (1505.07818)
     target = model.embed(cutout(strong(u)) if augmented else u)
     pseudo = align(teacher, ema.marginal, ALIGN)
     digits = torch.cat([F.one_hot(y, DIGITS).float(), pseudo])
-    lambda_, _ = schedules(p)
-    adaptation = domain_loss(model, features, target, lambda_, digits)
+    adaptation = domain_loss(model, source, target, reversal(p), digits)
     if args.training == "dann":
         return class_loss, adaptation, nothing
 
@@ -333,13 +323,13 @@ EMA_DECAY = 0.99  # of the teacher, which is also the network that predicts
 
 
 @torch.no_grad()
-def update_ema(ema, model, step, buffers, decay=EMA_DECAY):
-    """ema <- decay ema + (1 - decay) model (1703.01780); at first the plain mean of all steps.
+def update_ema(ema, model, step, buffers):
+    """ema <- decay ema + (1 - decay) model (1703.01780); for 100 steps it is the plain mean of all steps.
 
-    buffers: the BatchNorm statistics are the model's; else they are the EMA network's own.
+    buffers: True copies the model's BatchNorm statistics; False leaves the EMA network its own.
     """
     for average, parameter in zip(ema.parameters(), model.parameters()):
-        average.lerp_(parameter, max(1 - decay, 1 / step))
+        average.lerp_(parameter, max(1 - EMA_DECAY, 1 / step))
     if buffers:
         for average, buffer in zip(ema.buffers(), model.buffers()):
             average.copy_(buffer)
@@ -347,8 +337,29 @@ def update_ema(ema, model, step, buffers, decay=EMA_DECAY):
 
 def teaching(ema):
     """The EMA network's mode in training: BatchNorm by its own batches, noisy input, no dropout."""
-    for module in ema.modules():  # a module comes before its parts
-        module.train(not isinstance(module, (nn.Dropout, nn.Dropout2d)))
+    ema.train()
+    for module in ema.modules():
+        if isinstance(module, (nn.Dropout, nn.Dropout2d)):
+            module.eval()
+
+
+def learning_rate(args, step, steps):
+    """The rate at a step: the paper's decay (1505.07818, section 5.2.2), but linear to 0 for dann-mt.
+
+    args.decay: paper, none, or thirds: divided by ten at 1/3 and again at 2/3 of training.
+    Ours rises over the first 100 steps.
+    """
+    p = (step - 1) / steps
+    if args.decay == "none":
+        factor = 1.0
+    elif args.decay == "thirds":
+        factor = 0.1 ** int(3 * p)
+    elif args.training == "dann-mt":
+        factor = 1 - p
+    else:
+        factor = (1 + 10 * p) ** -0.75
+    warm_up = 1.0 if args.report else min(step / 100, 1)
+    return args.lr * factor * warm_up
 
 
 def make_optimizer(args, model):
@@ -379,10 +390,10 @@ def train(args, images, labels, target=None, evaluate=None):
     looks = {math.ceil(run.steps * k / 20) for k in range(1, 21)}
     images = images.to(args.device)
     labels = labels.to(args.device)
+    step_losses = report_losses if args.report else losses
     if target is not None:
         target = target.to(args.device)
     for step in run:
-        p = (step - 1) / run.steps
         i = torch.randint(len(images), (args.batch_size,), device=args.device)
         x = images[i].float() / 127.5 - 1
         u = None
@@ -390,10 +401,8 @@ def train(args, images, labels, target=None, evaluate=None):
             i_target = torch.randint(len(target), (args.batch_size,), device=args.device)
             u = target[i_target].float() / 127.5 - 1
 
-        _, factor = schedules(p, args.training, args.decay)
-        warm_up = 1.0 if args.report else min(step / 100, 1)
-        optim.param_groups[0]["lr"] = args.lr * factor * warm_up
-        step_losses = report_losses if args.report else losses
+        optim.param_groups[0]["lr"] = learning_rate(args, step, run.steps)
+        p = (step - 1) / run.steps
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             class_loss, adaptation, sure = step_losses(args, model, ema, x, labels[i], u, p)
         optim.zero_grad()
@@ -401,7 +410,7 @@ def train(args, images, labels, target=None, evaluate=None):
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optim.step()
         if args.report:  # the network itself predicts
-            update_ema(ema, model, step, buffers=True, decay=0.0)
+            ema.load_state_dict(model.state_dict())
         else:
             update_ema(ema, model, step, buffers=target is None)
         run.record(class_loss=class_loss, adaptation_loss=adaptation, sure=sure, gradient=norm)
@@ -428,7 +437,8 @@ def predict(models, images):
         x = batch.to(device).float() / 127.5 - 1
         probabilities = torch.stack([model(x).softmax(1) for model in models])  # (models, B, 10)
         votes = F.one_hot(probabilities.argmax(2), DIGITS).sum(0)
-        digits.append((votes + 0.5 * probabilities.mean(0)).argmax(1).cpu())
+        tie_break = 0.5 * probabilities.mean(0)  # less than a vote
+        digits.append((votes + tie_break).argmax(1).cpu())
     return torch.cat(digits)
 
 
@@ -498,7 +508,7 @@ def read_labels(path):
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             rows = [row for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+    except (OSError, csv.Error) as e:
         raise ValueError(f"{path}: cannot be read as CSV ({e})") from e
     if not rows or rows[0][:2] != ["image_name", "label"]:
         found = ",".join(rows[0])[:60] if rows else "nothing"
@@ -703,15 +713,12 @@ def report_layers(arch, dropout2d=True):
         return features, nn.Sequential(*label), mlp(nn.ReLU, 49 * b, c, 1)
     if arch == "large":  # 64x64; the heads cannot be read in the report, these are of the paper's kind
         layers = []
-        for c_in, c_out in zip((3, 64, 128, 256, 512), (64, 128, 256, 512, 1024)):
-            layers += [
-                nn.Conv2d(c_in, c_out, 3, padding=1),
-                nn.BatchNorm2d(c_out),
-                nn.MaxPool2d(2),
-                nn.ReLU(),
-            ]
+        for c_in, c_out in itertools.pairwise((3, 64, 128, 256, 512, 1024)):
+            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out)]
+            layers += [nn.MaxPool2d(2), nn.ReLU()]
         features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # (B, 1024)
-        return features, linear(1024, 1024, 1024, DIGITS), linear(1024, 1024, 1024, 1)
+        label = mlp(nn.ReLU, 1024, 1024, 1024, DIGITS, norm=False)
+        return features, label, mlp(nn.ReLU, 1024, 1024, 1024, 1, norm=False)
     if arch == "dann":  # 1505.07818, figure 4a
         features = nn.Sequential(
             nn.Conv2d(3, 32, 5),
@@ -722,7 +729,8 @@ def report_layers(arch, dropout2d=True):
             nn.MaxPool2d(2),
             nn.Flatten(),  # (B, 768)
         )
-        return features, linear(768, 100, 100, DIGITS), linear(768, 100, 1)
+        label = mlp(nn.ReLU, 768, 100, 100, DIGITS, norm=False)
+        return features, label, mlp(nn.ReLU, 768, 100, 1, norm=False)
     if arch == "small":
         features = nn.Sequential(
             conv(3, 64, 5),
@@ -757,23 +765,25 @@ def report_layers(arch, dropout2d=True):
     raise ValueError(f"--arch {arch}: expected {', '.join(ARCHS)}")
 
 
-def linear(*widths):
-    """Linear layers with ReLU between them."""
+def mlp(act, *widths, norm=True):
+    """Linear layers with BatchNorm, or without, and `act` between them."""
     layers = []
-    for c_in, c_out in zip(widths[:-2], widths[1:-1]):
-        layers += [nn.Linear(c_in, c_out), nn.ReLU()]
+    for c_in, c_out in itertools.pairwise(widths[:-1]):
+        layers.append(nn.Linear(c_in, c_out))
+        if norm:
+            layers.append(nn.BatchNorm1d(c_out))
+        layers.append(act())
     return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
 
 
 def report_losses(args, model, ema, x, y, u, p):
     """As `losses`: the reports train on images as they are, without a teacher."""
     nothing = torch.zeros((), device=x.device)
-    features = model.embed(x)
-    class_loss = F.cross_entropy(model.label(features).float(), y)
+    source = model.embed(x)
+    class_loss = F.cross_entropy(model.label(source).float(), y)
     if u is None:
         return class_loss, nothing, nothing
-    lambda_, _ = schedules(p)
-    adaptation = domain_loss(model, features, model.embed(u), lambda_)
+    adaptation = domain_loss(model, source, model.embed(u), reversal(p))
     return class_loss, args.domain_weight * adaptation, nothing
 
 
@@ -823,17 +833,8 @@ SOURCE = {"mnistm": "svhn", "svhn": "mnistm", "usps": "mnistm"}  # the course's 
 SCENARIOS = ["mnistm-svhn", "mnistm-usps", "usps-mnistm", "svhn-mnistm", "usps-svhn"]
 # settings that a checkpoint keeps; --resume refuses others
 NETWORK = ("arch", "report", "dropout2d", "training", "labelled", "unlabelled")
-TRAINING = (
-    "batch_size",
-    "optimizer",
-    "lr",
-    "betas",
-    "weight_decay",
-    "decay",
-    "clip",
-    "domain_weight",
-    "seed",
-)
+TRAINING = ("batch_size", "optimizer", "lr", "betas", "weight_decay", "decay", "clip", "domain_weight")
+TRAINING += ("seed",)
 
 
 def check_images(name, images):
@@ -1284,8 +1285,6 @@ def check_report(args):
     archs = REPORT_ARCHS.get(args.report, ARCHS)
     if args.arch is not None and args.arch not in archs:
         fail(f"--report {args.report} --arch {args.arch}: this report has {' '.join(archs)}")
-    if not args.dropout2d and args.report != "2021":
-        fail("--no-dropout2d: only report 2021 has the networks that it changes")
     if args.report is None and args.arch in ("dann", "large", *TINY):
         fail(f"--arch {args.arch}: a report's network on the report's input; add --report")
     if args.report is None and args.domain_weight != 1:
@@ -1365,9 +1364,8 @@ def settle(args, **changes):
     source = args.source or SOURCE[target]
     if source == target:
         fail(f"--source {source} --target {target}: expected two domains")
-    training = {"source": "plain", "target": "plain", "source-aug": "supervised"}.get(
-        args.method, args.method
-    )
+    renamed = {"source": "plain", "target": "plain", "source-aug": "supervised"}
+    training = renamed.get(args.method, args.method)
     labelled = target if args.method == "target" else source
     unlabelled = None
     where = labelled
@@ -1375,11 +1373,12 @@ def settle(args, **changes):
         unlabelled = target
         where = f"{source}_{target}"
     own = {}
+    kind = args.arch
     if args.report:
         own = of_direction(args, f"{source}-{target}")
-    kind = own.get("arch", args.arch)
-    if args.report:
-        kind = f"{args.report}-{kind}"
+        kind = f"{args.report}-{own['arch']}"
+    if not args.dropout2d and own.get("arch") not in TINY:
+        fail("--no-dropout2d: only report 2021's tiny networks (usps to svhn) have Dropout2d")
     if not args.dropout2d:
         kind += "-no-dropout2d"
     name = f"p4_{training}_{where}_{kind}_{args.seed}"

@@ -160,7 +160,7 @@ def p1(options):
             calls[precision], images = p1_round(method, precision, device, *data[method])
         print_speeds(f"training, {method}", in_turn(calls, options.rounds), images)
 
-    z = p1_gan.Noise([(i,) for i in range(100)], (p1_gan.Z,))()
+    z = p1_gan.latents([(i,) for i in range(100)])
     calls = {}
     for method in ("sngan", "acgan"):
         args = p1_gan.parse_args(["--method", method, "--device", str(device)])

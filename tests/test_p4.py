@@ -137,10 +137,12 @@ def test_domain_loss_trains_the_head_and_reverses_the_features(arch):
 
 
 def test_schedules():
-    assert p4.schedules(0) == (0, 1)
-    lambda_, rate = p4.schedules(1)
-    assert lambda_ == pytest.approx(0.9999092, abs=1e-7) and rate == pytest.approx(11**-0.75)
-    assert p4.schedules(0.5)[0] == pytest.approx(math.tanh(2.5))  # 2 / (1 + e^-10p) - 1 = tanh(5p)
+    assert p4.reversal(0) == 0 and p4.reversal(1) == pytest.approx(0.9999092, abs=1e-7)
+    assert p4.reversal(0.5) == pytest.approx(math.tanh(2.5))  # 2 / (1 + e^-10p) - 1 = tanh(5p)
+    dann = p4.parse_args(["--method", "dann"])
+    rates = [p4.learning_rate(dann, step, 1000) for step in (1, 50, 501)]
+    assert rates == pytest.approx([1e-5, 5e-4 * 1.49**-0.75, 1e-3 * 6**-0.75])
+    assert p4.learning_rate(p4.parse_args([]), 751, 1000) == pytest.approx(2.5e-4)
 
 
 def test_consistency_counts_sure_images_only():

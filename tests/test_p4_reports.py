@@ -93,9 +93,10 @@ def test_refusals():
 
 
 def test_rate_falls_at_thirds():
-    factors = [p4.schedules(p, "dann", "thirds")[1] for p in (0, 0.33, 0.34, 0.66, 0.67, 0.999)]
-    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert p4.schedules(0.9, "dann", "none")[1] == 1
+    args = parse("2022c", "mnistm-usps", "--lr", "1")
+    rates = [p4.learning_rate(args, step, 1000) for step in (1, 331, 341, 661, 671, 1000)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert p4.learning_rate(parse("2022a", "mnistm-usps", "--lr", "1"), 900, 1000) == 1
 
 
 def test_without_dropout2d():
