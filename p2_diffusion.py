@@ -962,7 +962,7 @@ def check_training_set(args, images, labels):
     factor = args.patch * 2 ** (len(args.channels) - 1) if args.arch == "unet" else SIZE
     if shape[1] % factor or shape[1] == 0:
         found = f"{shape[1]}x{shape[2]}"
-        expected = f"multiples of {factor}, as --channels and --patch ask"
+        expected = f"multiples of {factor}, for the network of --arch, --channels and --patch"
         raise ValueError(f"images: found {found}, expected {expected}")
     if labels.dtype != torch.int64 or labels.shape != (n,) or labels.min() < 0 or labels.max() >= DIGITS:
         found = f"{labels.dtype} {tuple(labels.shape)}"

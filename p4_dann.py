@@ -1377,9 +1377,9 @@ def settle(args, **changes):
     if args.report:
         own = of_direction(args, f"{source}-{target}")
         kind = f"{args.report}-{own['arch']}"
-    if not args.dropout2d and own.get("arch") not in TINY:
-        fail("--no-dropout2d: only report 2021's tiny networks (usps to svhn) have Dropout2d")
     if not args.dropout2d:
+        if own.get("arch") not in TINY:
+            fail("--no-dropout2d: only report 2021's tiny networks (usps to svhn) have Dropout2d")
         kind += "-no-dropout2d"
     name = f"p4_{training}_{where}_{kind}_{args.seed}"
     domains = dict(source=source, target=target, labelled=labelled, unlabelled=unlabelled)
