@@ -952,7 +952,7 @@ def load_guided(args):
     try:
         guide, other = load_model(args.guide, args.device)
     except (ValueError, OSError) as e:
-        raise ValueError(str(e).replace("--ckpt", "--guide")) from None
+        raise ValueError(str(e).replace("--ckpt", "--guide", 1)) from None
     found, expected = [
         f"size {s.size}, prediction {s.prediction}, {len(s.channels)} resolutions" for s in (other, settings)
     ]
