@@ -130,7 +130,7 @@ p2() {
   run p2_diffusion.py --mode grid --ckpt "$ckpt" $(short --num 5) --out "$out/p2_figures"
 }
 p3() {
-  local given=() sampler=() guide=()
+  local given=() sampler=()
   if [ -n "$in" ] && [ -e "$in/face/UNet.pt" ]; then  # the course's network and noises of 2023
     given=(--ckpt "$in/face/UNet.pt" --noise "$in/face/noise")
     run p3_ddim.py --mode sample "${given[@]}" --out "$out/p3_given"
@@ -139,8 +139,8 @@ p3() {
     fi
   fi
   if [ $faces ] && weights p3_ddim p3_ddim.py $(short --fast --steps 400); then
-    if [ -z "$train" ]; then guide=(--guide "$here/.weights/p3_guide.pt"); fi
-    local how=(--sampler dpm++ --ckpt "$ckpt" ${guide[@]+"${guide[@]}"})
+    local how=(--sampler dpm++ --ckpt "$ckpt")
+    if [ -z "$train" ]; then how+=(--guide "$here/.weights/p3_guide.pt"); fi
     run p3_ddim.py --mode sample "${how[@]}" $(short --num 200 --sample-steps 8) --out "$out/p3_faces"
     evaluate p3_ddim.py "$out/p3_faces"
     run p3_ddim.py --mode grid "${how[@]}" --out "$out/p3_figures"
