@@ -1117,11 +1117,13 @@ class Run:
         """Loads args.ckpt into the parts; raises ValueError where settings or images differ.
 
         A file of --mode export has the averaged weights alone: the networks start from them, the optimiser
-        anew, and the images may be others.
+        anew, and images and settings of training may be others.
         """
         ckpt = load_checkpoint(self.args.ckpt)
-        old = {**ckpt["args"], "images": ckpt.get("images", self.images)}
+        old = {**ckpt["args"], "images": ckpt.get("images")}
         new = {**self.settings, "images": self.images}
+        if "optim" not in ckpt and "script" in ckpt:  # the course's network has another prediction
+            new = {key: new[key] for key in (*NETWORK, "size")}
         differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
         if differ:
             raise ValueError(f"--resume {self.args.ckpt} with other settings: {', '.join(differ)}")

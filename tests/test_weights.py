@@ -62,7 +62,7 @@ def test_export(script, tmp_path, error, capsys):
         return
     finished = error(script.main, [*go_on, *TRAIN[script], "--steps", "2"])
     assert "--steps 2: expected more than the 2" in finished
-    script.main([*go_on, *TRAIN[script]])
+    script.main([*go_on, *TRAIN[script], "--lr", "5e-4"])  # the settings of training may differ
     assert "averaged weights of step 2, a fresh optimiser" in capsys.readouterr().out
     state = torch.load(small, weights_only=True)
     assert state["step"] == 3 and state["optim"]["state"][0]["step"] == 1
@@ -89,9 +89,7 @@ def test_weights_of_the_project(path):
     assert not model.training and settings.seed == state["args"]["seed"]
     if path.stem in ("p2_diffusion", "p3_ddim"):  # --resume trains on from them without further options
         args = script.parse_args(["--mode", "train"])
-        assert {key: getattr(args, key) for key in script.NETWORK + script.TRAINING}.items() <= state[
-            "args"
-        ].items()
+        assert {key: getattr(args, key) for key in script.NETWORK}.items() <= state["args"].items()
     parameters = {name for name, _ in model.named_parameters()}
     assert all(state["ema"][name].dtype == torch.float16 for name in parameters)
 
