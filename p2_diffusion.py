@@ -165,6 +165,23 @@ def build(args):
     return net.to(args.device)
 
 
+class Guided(nn.Module):
+    """Autoguidance (2406.02507): a network, moved away from what a weaker one, its guide, predicts.
+
+    forward(x, t, y) -> guide + w (model - guide), float32, for both eps and v. w = 1 is the network alone.
+    """
+
+    def __init__(self, model, guide, w):
+        super().__init__()
+        self.model = model
+        self.guide = guide
+        self.w = w
+
+    def forward(self, x, t, y):
+        weak = self.guide(x, t, y).float()
+        return weak + self.w * (self.model(x, t, y).float() - weak)
+
+
 # ---------------- schedule, loss, samplers ----------------
 
 
@@ -463,12 +480,13 @@ def sampling(args):
 def describe(args, settings):
     """The sampler and its number of calls as asked for, for titles; dpm++ may need fewer."""
     calls = settings.T if args.sampler == "ddpm" else args.sample_steps
-    return f"{args.sampler}, {calls} steps"
+    guided = f", autoguidance {args.autoguidance}" if args.guide else ""
+    return f"{args.sampler}, {calls} steps{guided}"
 
 
 def sample(args):
     """Writes --num images of each digit as <digit>_<number>.png into the flat folder --out."""
-    model, settings = load_model(args.ckpt, args.device)
+    model, settings = load_guided(args)
     out = Path(args.out)
     pairs = [(digit, number) for digit in range(DIGITS) for number in range(1, args.num + 1)]
     names = [f"{digit}_{number:03d}.png" for digit, number in pairs]
@@ -503,7 +521,7 @@ def grid(args):
     """
     from common import classify, digit_classifier, save_curves, save_grid
 
-    model, settings = load_model(args.ckpt, args.device)
+    model, settings = load_guided(args)
     how = describe(args, settings)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -1065,6 +1083,26 @@ def load_model(path, device="cpu"):
     return model.eval(), settings
 
 
+def load_guided(args):
+    """load_model of --ckpt, and with --guide the two as one network."""
+    model, settings = load_model(args.ckpt, args.device)
+    if args.guide is None:
+        return model, settings
+    try:
+        guide, other = load_model(args.guide, args.device)
+    except (ValueError, OSError) as e:
+        raise ValueError(str(e).replace("--ckpt", "--guide", 1)) from None
+    for key in ("size", "T", "schedule", "beta_end", "prediction"):
+        found, expected = getattr(other, key), getattr(settings, key)
+        if found != expected:
+            raise ValueError(
+                f"--guide {args.guide}: found {key} {found}; expected {expected}, as of --ckpt {args.ckpt}"
+            )
+    if args.guidance > 0 and other.label_dropout == 0:
+        raise ValueError(f"--guide {args.guide}: this network has no null class; use --guidance 0")
+    return Guided(model, guide, args.autoguidance), settings
+
+
 def progress_bar(args, total, what, unit, initial=0):
     """A tqdm bar of the first process; TQDM_DISABLE=1 hides it. In a file it writes a line a minute."""
     try:
@@ -1395,6 +1433,10 @@ def add_options(p):
     add(g, "--guidance", GUIDANCE, "w of (1 + w) out(x, y) - w out(x, null); 0: none", type=number(float, 0))
     text = "the part of the time t / T in which there is guidance"
     add(g, "--guidance-interval", INTERVAL, text, type=share, nargs=2, metavar="SHARE")
+    text = "another checkpoint, trained less or smaller, whose mistakes the sampler avoids (2406.02507)"
+    add(g, "--guide", None, text, "none", metavar="FILE")
+    text = "with --guide: 1 is the network alone, more leads further from the guide"
+    add(g, "--autoguidance", 1.3, text, type=number(float, 0))
     text = "grid: after which sampler steps the reverse process is shown"
     add(g, "--states", None, text, "six, evenly", type=number(int, 0), nargs="+", metavar="STEP")
 
@@ -1461,6 +1503,8 @@ def parse_args(argv=None):
     low, high = args.guidance_interval
     if low > high:
         fail(f"--guidance-interval {low} {high}: expected the smaller number first")
+    if args.guide and args.mode not in ("sample", "grid"):
+        fail(f"--guide {args.guide}: --mode {args.mode} has no use for it")
     if args.eta > 0 and args.sampler != "ddim":
         fail(f"--eta {args.eta} with --sampler {args.sampler}: eta is DDIM's; pass --sampler ddim")
     name = f"{NAME}_{args.report}" if args.report else NAME
@@ -1493,7 +1537,7 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         if args.mode in ("sample", "grid") and args.rank == 0:
-            print(f"weights: {args.ckpt}")
+            print(f"weights: {args.ckpt}" + (f", guide: {args.guide}" if args.guide else ""))
         MODES[args.mode](args)
     except (ValueError, OSError, ImportError, FloatingPointError) as e:
         message = str(e)

@@ -193,6 +193,18 @@ def test_guidance():
     assert [len(labels) for labels in seen] == [8, 4, 8, 8, 4]
 
 
+def test_guided_moves_away_from_the_guide():
+    torch.manual_seed(0)
+    model, guide = p2.UNet((32, 32)), p2.UNet((32,))
+    for parameter in [*model.parameters(), *guide.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.05)
+    x, t, y = torch.randn(2, 3, 28, 28), torch.tensor([3, 300]), torch.tensor([7, p2.NULL])
+    with torch.no_grad():
+        strong, weak = model(x, t, y), guide(x, t, y)
+        for w, expected in ((0, weak), (1, strong), (2, 2 * strong - weak)):
+            assert torch.allclose(p2.Guided(model, guide, w)(x, t, y), expected, atol=1e-5)
+
+
 def test_prediction_targets_are_recovered():
     """A network that outputs the exact target has loss 0, and predict returns x0, for eps and for v."""
     alpha_bar, x0, y = (
@@ -346,6 +358,35 @@ def test_training_learns_the_digits(tmp_path):
     log = torch.load(tmp_path / "a.pt", weights_only=True)["log"]
     loss = [row["loss"] for row in log]  # means of ten steps
     assert sum(loss[10:]) < 0.7 * sum(loss[:10])
+
+
+def test_guide(ckpt, tmp_path, error):
+    """Autoguidance 1 is the network alone, 50 changes the digits; a guide that does not fit is refused."""
+    train = ["--mode", "train", "--steps", "2", "--batch-size", "8", "--device", "cpu", "--channels", "32"]
+
+    def make(name, *options):
+        p2.main([*train, "--ckpt", str(tmp_path / name), *options])
+        return ["--guide", str(tmp_path / name)]
+
+    guide = make("guide.pt", "--T", "20")
+    exact = ["--precision", "float32"]
+    plain = sample(ckpt, tmp_path / "plain", *exact)
+    one = sample(ckpt, tmp_path / "one", *exact, *guide, "--autoguidance", "1")
+    far = sample(ckpt, tmp_path / "far", *exact, *guide, "--autoguidance", "50")
+    assert max((one[name] - plain[name]).abs().max() for name in plain) <= 1
+    assert max((far[name] - plain[name]).abs().max() for name in plain) > 1
+    command = ["--ckpt", str(ckpt), "--out", str(tmp_path / "new"), "--device", "cpu"]
+    p2.main(["--mode", "grid", *command, *guide, "--num", "1", "--sample-steps", "4"])
+    assert "Guided" in (tmp_path / "new" / "network.txt").read_text()
+
+    def message(*options):
+        return error(p2.main, ["--mode", "sample", *command, *options])
+
+    missing = message("--guide", str(tmp_path / "none.pt"))
+    assert "--guide" in missing and "make one with" in missing and missing.count("--ckpt") == 1
+    assert "found T 40; expected 20" in message(*make("other.pt", "--T", "40"))
+    assert "no null class" in message(*make("one_class.pt", "--T", "20", "--label-dropout", "0"))
+    assert "has no use" in error(p2.main, ["--mode", "eval", *guide])
 
 
 def test_existing_checkpoint_is_not_overwritten(ckpt, error):
