@@ -44,7 +44,7 @@ SAMPLERS = ("dpm++", "ddim", "ddpm")
 CALLS = 7  # of the network, by dpm++ and ddim
 GUIDANCE = 2.0
 INTERVAL = [0.3, 0.95]  # the part of the time t / T with guidance
-LAST = 0.08  # dpm++'s last t / T: distances with 8 calls are 205, 190, 179, 177 at 0.01, 0.03, 0.06, 0.08
+LAST = 0.08  # dpm++'s last t / T; with a guide earlier ends are better (README.md)
 
 
 # ---------------- networks ----------------
@@ -424,14 +424,16 @@ def to_uint8(x):
 
 @torch.inference_mode()
 def generate(
-    model, settings, digits, numbers=None, seed=0, sampler="dpm++", calls=CALLS, guidance=GUIDANCE,
-    guidance_interval=INTERVAL, eta=0.0, variance="posterior", clamp=True, bf16=False, trace=None,
+    model, settings, digits, numbers=None, seed=0, sampler="dpm++", calls=CALLS, last_time=LAST,
+    guidance=GUIDANCE, guidance_interval=INTERVAL, eta=0.0, variance="posterior", clamp=True, bf16=False,
+    trace=None,
 ):  # fmt: skip
     """Images of `digits` (N integers in 0..9): uint8 (N, 3, H, W) on the CPU.
 
     model, settings: of load_model. numbers: tells images of one digit apart (default: 1 to N).
     An image depends on (seed, digit, number) alone. calls: of the network, for dpm++ and ddim.
-    guidance_interval, clamp: see `predictor`. eta: see `ddim`. variance: see `ddpm`. bf16: autocast.
+    last_time: t / T of dpm++'s last call. guidance_interval, clamp: see `predictor`. eta: see `ddim`.
+    variance: see `ddpm`. bf16: autocast.
     trace: a list to which each x_t of the first image is appended.
     Raises ValueError for what the network cannot do.
     """
@@ -462,8 +464,8 @@ def generate(
     elif sampler == "ddim":
         x0 = ddim(predict, noise(), alpha_bar, even_times(settings.T, calls), eta, noise)
     else:
-        # the last call removes all noise below LAST, which a small network does better than several calls
-        last = round(LAST * settings.T)
+        # the last call removes all noise below, which a small network does better than several calls
+        last = min(round(last_time * settings.T), settings.T - 1)
         x0 = dpm_solver(predict, noise(), alpha_bar, log_snr_times(alpha_bar, calls, last))
     return to_uint8(x0)
 
@@ -473,8 +475,8 @@ def generate(
 
 def sampling(args):
     """The keyword arguments of `generate` that the command line sets."""
-    names = ("seed", "sampler", "guidance", "guidance_interval", "eta", "variance", "clamp", "bf16")
-    return {name: getattr(args, name) for name in names} | {"calls": args.sample_steps}
+    names = ("seed", "sampler", "last_time", "guidance", "guidance_interval", "eta", "variance", "clamp")
+    return {name: getattr(args, name) for name in names} | {"calls": args.sample_steps, "bf16": args.bf16}
 
 
 def describe(args, settings):
@@ -1433,6 +1435,7 @@ def add_options(p):
     add(g, "--guidance", GUIDANCE, "w of (1 + w) out(x, y) - w out(x, null); 0: none", type=number(float, 0))
     text = "the part of the time t / T in which there is guidance"
     add(g, "--guidance-interval", INTERVAL, text, type=share, nargs=2, metavar="SHARE")
+    add(g, "--last-time", LAST, "dpm++: the time t / T of its last call", type=share)
     text = "another checkpoint, trained less or smaller, whose mistakes the sampler avoids (2406.02507)"
     add(g, "--guide", None, text, "none", metavar="FILE")
     text = "with --guide: 1 is the network alone, more leads further from the guide"

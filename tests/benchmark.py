@@ -3,6 +3,7 @@
   python tests/benchmark.py p1 --data DIR                        # training and sampling speed of the GANs
   python tests/benchmark.py p2 --data DIR                        # training and sampling speed
   python tests/benchmark.py p2 --data DIR --ckpt FILE            # with the quality of each sampler
+  python tests/benchmark.py p2 ... --guide FILE                  # with a guide's too
   python tests/benchmark.py p3 --data DIR                        # training speed, the course's network
   python tests/benchmark.py p3 --ckpt FILE                       # with what bf16 changes in the images
   python tests/benchmark.py p4 --data DIR                        # training speed, beside the usual loop
@@ -251,6 +252,10 @@ class DigitQuality:
         print(f"| real val images | - | {len(chosen)} | - | {cells} |", flush=True)
 
 
+# the sampler that README uses with p2's guide
+GUIDED = ["--guidance", "1", "--sample-steps", "10", "--last-time", "0.02"]
+
+
 def p2(options):
     """Training speed; of each sampler the speed and, with --ckpt, the quality beside real images."""
     args = p2_diffusion.parse_args(["--mode", "sample", "--device", options.device])
@@ -277,15 +282,26 @@ def p2(options):
     rows += [("ddim", 50, options.num), ("ddpm", settings.T, fewer)]
     for sampler, calls, num in rows:
         how = {**p2_diffusion.sampling(args), "sampler": sampler, "calls": calls}
-        made, digits, seconds = sample_digits(model, settings, num, how)
-        cells = "- | - | -"
-        if quality is not None:
-            cells = quality.cells(made, digits)
-        speed = 1000 * seconds / len(made)
-        print(f"| {sampler} | {calls} | {len(made)} | {speed:.1f} | {cells} |", flush=True)
+        print_sampler(sampler, model, settings, num, how, quality)
+    if options.guide:
+        more = ["--guide", options.guide, "--ckpt", options.ckpt, "--device", options.device]
+        args = p2_diffusion.parse_args(["--mode", "sample", *GUIDED, *more])
+        model, settings = p2_diffusion.load_guided(args)
+        print_sampler("dpm++, guide", model, settings, options.num, p2_diffusion.sampling(args), quality)
     if quality is not None:
         for n in sorted({10 * options.num, 10 * fewer}, reverse=True):
             quality.print_real(n)
+
+
+def print_sampler(name, model, settings, num, how, quality):
+    """Samples `num` images of each digit; prints a row."""
+    made, digits, seconds = sample_digits(model, settings, num, how)
+    cells = "- | - | -"
+    if quality is not None:
+        cells = quality.cells(made, digits)
+    speed = 1000 * seconds / len(made)
+    calls = settings.T if how["sampler"] == "ddpm" else how["calls"]
+    print(f"| {name} | {calls} | {len(made)} | {speed:.1f} | {cells} |", flush=True)
 
 
 def sample_digits(model, settings, num, how):
@@ -608,6 +624,8 @@ def parse_args(argv=None):
         c.add_argument("--rounds", type=int, default=5, help="timed rounds, of which the median counts")
     text = "trained checkpoint (default: an untrained network, no quality)"
     parsers["p2"].add_argument("--ckpt", metavar="FILE", help=text)
+    text = "with --ckpt: a guide, sampled with " + " ".join(GUIDED)
+    parsers["p2"].add_argument("--guide", metavar="FILE", help=text)
     text = "weights in the course's format (default: trained now, a minute)"
     parsers["p2"].add_argument("--classifier", metavar="FILE", help=text)
     text = "images of each digit; DDPM makes a fifth of them (default: 100)"
@@ -622,6 +640,8 @@ def parse_args(argv=None):
     parsers["faces"].add_argument("--num", type=int, default=1000, help=text)
     parsers["folds"].add_argument("--out", required=True, help="folder to make fold1 ... fold5 in")
     options = p.parse_args(argv)
+    if options.command == "p2" and options.guide and not options.ckpt:
+        p.error("p2 --guide needs --ckpt")
     if options.command == "folds" and options.data is None:
         p.error("folds needs --data, the course's layout")
     return options

@@ -158,7 +158,7 @@ def test_log_snr_times_are_even_in_log_snr():
 
 
 def test_dpm_solver_leaves_the_finest_noise_to_its_last_call():
-    """generate calls the network `calls` times, the last time at t / T = 0.08."""
+    """generate calls the network `calls` times, the last time at t / T = 0.08, or where it is told to."""
     args = p2.parse_args(["--device", "cpu"])
     model = p2.build(args).eval()
     settings = argparse.Namespace(**vars(args), size=28)
@@ -166,6 +166,9 @@ def test_dpm_solver_leaves_the_finest_noise_to_its_last_call():
     model.register_forward_pre_hook(lambda module, inputs: seen.append(int(inputs[1][0])))
     p2.generate(model, settings, [3])
     assert len(seen) == 7 and seen[0] == 399 and seen[-1] == 32
+    for last_time, t in ((0.02, 8), (0.5, 200)):
+        p2.generate(model, settings, [3], last_time=last_time)
+        assert seen[-1] == t
 
 
 def test_guidance():
