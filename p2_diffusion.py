@@ -1094,14 +1094,15 @@ def load_guided(args):
         guide, other = load_model(args.guide, args.device)
     except (ValueError, OSError) as e:
         raise ValueError(str(e).replace("--ckpt", "--guide", 1)) from None
-    for key in ("size", "T", "schedule", "beta_end", "prediction"):
-        found, expected = getattr(other, key), getattr(settings, key)
-        if found != expected:
-            raise ValueError(
-                f"--guide {args.guide}: found {key} {found}; expected {expected}, as of --ckpt {args.ckpt}"
-            )
-    if args.guidance > 0 and other.label_dropout == 0:
-        raise ValueError(f"--guide {args.guide}: this network has no null class; use --guidance 0")
+    found, expected = [
+        f"size {s.size}, T {s.T}, schedule {s.schedule} to {s.beta_end}, prediction {s.prediction}, "
+        f"null class {s.label_dropout > 0}"
+        for s in (other, settings)
+    ]
+    if found != expected:
+        raise ValueError(
+            f"--guide {args.guide}: found {found}; expected {expected}, as of --ckpt {args.ckpt}"
+        )
     return Guided(model, guide, args.autoguidance), settings
 
 

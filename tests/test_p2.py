@@ -387,8 +387,8 @@ def test_guide(ckpt, tmp_path, error):
 
     missing = message("--guide", str(tmp_path / "none.pt"))
     assert "--guide" in missing and "make one with" in missing and missing.count("--ckpt") == 1
-    assert "found T 40; expected 20" in message(*make("other.pt", "--T", "40"))
-    assert "no null class" in message(*make("one_class.pt", "--T", "20", "--label-dropout", "0"))
+    assert "found size 28, T 40," in message(*make("other.pt", "--T", "40"))
+    assert "null class False; expected" in message(*make("no_null.pt", "--T", "20", "--label-dropout", "0"))
     assert "has no use" in error(p2.main, ["--mode", "eval", *guide])
 
 
