@@ -1440,7 +1440,7 @@ def add_options(p):
     text = "another checkpoint, trained less or smaller, whose mistakes the sampler avoids (2406.02507)"
     add(g, "--guide", None, text, "none", metavar="FILE")
     text = "with --guide: 1 is the network alone, more leads further from the guide"
-    add(g, "--autoguidance", 1.3, text, type=number(float, 0))
+    add(g, "--autoguidance", 1.4, text, type=number(float, 0))
     text = "grid: after which sampler steps the reverse process is shown"
     add(g, "--states", None, text, "six, evenly", type=number(int, 0), nargs="+", metavar="STEP")
 
