@@ -264,6 +264,10 @@ def p2(options):
     settings = argparse.Namespace(**vars(args), size=28)
     if options.ckpt:
         model, settings = p2_diffusion.load_model(options.ckpt, device)
+    if options.guide:
+        files = ["--guide", options.guide, "--ckpt", options.ckpt, "--device", options.device]
+        guided = p2_diffusion.parse_args(["--mode", "sample", *GUIDED, *files])
+        p2_diffusion.load_guided(guided)  # a wrong file shows now
     print_machine(device)
     p2_training(options, device)
     quality = None
@@ -273,7 +277,7 @@ def p2(options):
         print(f"the classifier is right on {accuracy:.2f} % of all {len(quality.val)} real val images")
         print(f"fd_efflite0: against {quality.count} real val images; smaller N gives a larger distance")
     low, high = args.guidance_interval
-    print(f"guidance {args.guidance} from t / T = {low} to {high}\n")
+    print(f"guidance {args.guidance} from t / T = {low} to {high}; with a guide {' '.join(GUIDED)}\n")
     print(
         "| sampler | steps | N | seconds per 1000 | accuracy | diversity | fd_efflite0 |\n" + "|---" * 7 + "|"
     )
@@ -284,10 +288,8 @@ def p2(options):
         how = {**p2_diffusion.sampling(args), "sampler": sampler, "calls": calls}
         print_sampler(sampler, model, settings, num, how, quality)
     if options.guide:
-        more = ["--guide", options.guide, "--ckpt", options.ckpt, "--device", options.device]
-        args = p2_diffusion.parse_args(["--mode", "sample", *GUIDED, *more])
-        model, settings = p2_diffusion.load_guided(args)
-        print_sampler("dpm++, guide", model, settings, options.num, p2_diffusion.sampling(args), quality)
+        how = p2_diffusion.sampling(guided)
+        print_sampler("dpm++, guide", *p2_diffusion.load_guided(guided), options.num, how, quality)
     if quality is not None:
         for n in sorted({10 * options.num, 10 * fewer}, reverse=True):
             quality.print_real(n)

@@ -167,7 +167,8 @@ def test_dpm_solver_leaves_the_finest_noise_to_its_last_call():
     p2.generate(model, settings, [3])
     assert len(seen) == 7 and seen[0] == 399 and seen[-1] == 32
     for last_time, t in ((0.02, 8), (0.5, 200)):
-        p2.generate(model, settings, [3], last_time=last_time)
+        args = p2.parse_args(["--mode", "sample", "--last-time", str(last_time)])
+        p2.generate(model, settings, [3], **{**p2.sampling(args), "bf16": False})
         assert seen[-1] == t
 
 
