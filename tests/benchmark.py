@@ -267,7 +267,7 @@ def p2(options):
     if options.guide:
         files = ["--guide", options.guide, "--ckpt", options.ckpt, "--device", options.device]
         guided = p2_diffusion.parse_args(["--mode", "sample", *GUIDED, *files])
-        p2_diffusion.load_guided(guided)  # a wrong file shows now
+        guided_model, _ = p2_diffusion.load_guided(guided)  # here, so that a wrong file shows at once
     print_machine(device)
     p2_training(options, device)
     quality = None
@@ -289,7 +289,7 @@ def p2(options):
         print_sampler(sampler, model, settings, num, how, quality)
     if options.guide:
         how = p2_diffusion.sampling(guided)
-        print_sampler("dpm++, guide", *p2_diffusion.load_guided(guided), options.num, how, quality)
+        print_sampler("dpm++, guide", guided_model, settings, options.num, how, quality)
     if quality is not None:
         for n in sorted({10 * options.num, 10 * fewer}, reverse=True):
             quality.print_real(n)
