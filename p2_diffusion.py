@@ -1,8 +1,8 @@
 """Class-conditional diffusion on 28x28 digits with classifier-free guidance.
 
-Papers: DDPM (arXiv 2006.11239), classifier-free guidance (2207.12598), DDIM (2010.02502), DPM-Solver++
-(2211.01095), v-prediction (2202.00512), min-SNR weights (2303.09556), EMA and learning rate (2312.02696),
-guidance interval (2404.07724), autoguidance (2406.02507).
+DDPM (arXiv 2006.11239), classifier-free guidance (2207.12598), DDIM (2010.02502), DPM-Solver++ (2211.01095),
+v-prediction (2202.00512), min-SNR weights (2303.09556), EMA and learning rate (2312.02696), guidance
+interval (2404.07724), autoguidance (2406.02507). The method stands above `# evaluate and plots`.
 
   python p2_diffusion.py --mode train --fast --ckpt fast.pt           # built-in digits, minutes
   python p2_diffusion.py --mode train --data hw2_data                 # the course's MNIST-M
@@ -11,10 +11,8 @@ guidance interval (2404.07724), autoguidance (2406.02507).
   python p2_diffusion.py --mode grid --out figures                    # grid, reverse process, guidance
 
 Real MNIST-M, 10,000 steps: 99.5 +- 0.2 % digit accuracy of 1000 images, diversity 1.034 +- 0.011 (three
-seeds). Training took 103 minutes on one core of an AMD EPYC. The weights that come with it have 36,200
-steps: 99.9 %, 0.970. With 10 calls and their guide the Frechet distance is 128.8 instead of 144.4, at
-99.3 % and 1.006. README.md has the tables and the commands.
-The method is what stands above `# evaluate and plots`, in reading order.
+seeds); 103 minutes on one core of an AMD EPYC. The weights that come with it have 36,200 steps: 99.9 %,
+0.970. With 10 calls and their guide the Frechet distance is 128.8 instead of 144.4, at 99.3 % and 1.006.
 """
 
 # SPDX-License-Identifier: MIT
@@ -38,21 +36,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-SIZE = 28
 DIGITS = 10
 NULL = 10  # the class index that stands for "no label"
-SAMPLERS = ("dpm++", "ddim", "ddpm")
 CALLS = 7  # of the network, by dpm++ and ddim
 GUIDANCE = 2.0
 INTERVAL = [0.3, 0.95]  # the part of the time t / T with guidance
-LAST = 0.08  # dpm++'s last t / T; with a guide earlier ends are better (README.md)
+LAST = 0.08  # dpm++'s last t / T
 
 
 # ---------------- networks ----------------
 
 
 def zero(layer):
-    """Starts a layer at zero, so that its block adds nothing and the network predicts 0."""
+    """A layer that starts at zero: its block adds nothing, the network predicts 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -61,9 +57,9 @@ def zero(layer):
 class Attention(nn.Module):
     """Multi-head self-attention over all positions, with a skip connection."""
 
-    def __init__(self, channels, head=32):
+    def __init__(self, channels):
         super().__init__()
-        self.heads = channels // head
+        self.heads = channels // 32
         self.norm = nn.GroupNorm(16, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
@@ -71,7 +67,7 @@ class Attention(nn.Module):
     def forward(self, x):
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, -1, h * w)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (B, heads, HW, head)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (B, heads, HW, 32)
         # on CPUs in bf16 a third faster at 49 positions than F.scaled_dot_product_attention
         y = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
         return x + self.out(y.transpose(-1, -2).reshape(b, c, h, w))
@@ -99,13 +95,10 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Residual U-Net that predicts v or eps from a noisy image, its time and its digit.
-
-    forward(x, t, y): x (B, 3, H, W), t (B,) integer step, y (B,) digit or NULL -> (B, 3, H, W).
+    """Predicts v or eps of noisy images x (B, 3, H, W) from their steps t (B,) and digits y (B,), or NULL.
 
     channels: one width per resolution; all but the first have attention. blocks: residual blocks at each.
-    patch: patch x patch pixels are folded into channels at the entrance (space to depth).
-    T: number of diffusion steps, so that t / T is the time in [0, 1).
+    patch: patch x patch pixels are folded into channels at the entrance.
     """
 
     def __init__(self, channels=(64, 128), blocks=1, patch=2, dropout=0.0, T=400):
@@ -115,7 +108,6 @@ class UNet(nn.Module):
         c_emb = 4 * channels[0]
         self.time = nn.Sequential(nn.Linear(64, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.label = nn.Embedding(DIGITS + 1, c_emb)
-
         c = channels[0]
         skips = [c]
         pixels = 3 * patch**2
@@ -156,7 +148,7 @@ class UNet(nn.Module):
 
 
 def build(args):
-    """The network that `args` describes (arch and its settings), on args.device."""
+    """The network that `args` describes, on args.device."""
     if args.arch == "unet":
         net = UNet(args.channels, args.blocks, args.patch, args.dropout, args.T)
     else:
@@ -167,10 +159,7 @@ def build(args):
 
 
 class Guided(nn.Module):
-    """Autoguidance (2406.02507): a network, moved away from what a weaker one, its guide, predicts.
-
-    forward(x, t, y) -> guide + w (model - guide), float32, for both eps and v. w = 1 is the network alone.
-    """
+    """Autoguidance (2406.02507): away from what a weaker network, the guide, predicts. w = 1: model alone."""
 
     def __init__(self, model, guide, w):
         super().__init__()
@@ -187,45 +176,32 @@ class Guided(nn.Module):
 
 
 def make_alpha_bar(schedule, T, beta_end=0.02):
-    """alpha_bar (T,) in float64: the share of the image's variance that is left at each step.
-
-    The papers' step t of 1 to T is index t - 1 here.
-
-    linear: beta from 1e-4 to beta_end whatever T, as the reports have it (2006.11239 has T = 1000).
-    cosine: 2102.09672, equation 17.
-    """
-    if schedule == "linear":
+    """alpha_bar (T,): the share of the image's variance left at each step. Index 0 is the papers' t = 1."""
+    if schedule == "linear":  # 2006.11239
         beta = torch.linspace(1e-4, beta_end, T, dtype=torch.float64)
-    else:
+    else:  # cosine: 2102.09672, equation 17
         f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return torch.cumprod(1 - beta, 0)
 
 
-def diffusion_loss(model, x0, y, alpha_bar, prediction, gamma, stratified=True):
-    """Mean squared error of the network's eps or v at random steps.
-
-    x0: float (B, 3, H, W) in [-1, 1]. y: (B,) digits, NULL where dropped.
-    gamma: min-SNR weights (2303.09556); 0 leaves all weights at 1.
-    stratified: the steps of a batch are spread evenly over all of them; else each is drawn for itself.
-    """
+def diffusion_loss(model, x0, y, alpha_bar, prediction, gamma, t_sampling="stratified"):
+    """Mean squared error of the network's v or eps at random steps; x0: (B, 3, H, W) in [-1, 1]."""
     b = len(x0)
-    T = len(alpha_bar)
-    if stratified:
+    if t_sampling == "stratified":  # the steps of a batch are spread evenly over all of them
         u = (torch.rand(1, device=x0.device) + torch.arange(b, device=x0.device) / b) % 1
-    else:
+    else:  # each is drawn for itself
         u = torch.rand(b, device=x0.device)
-    t = (u * T).long().clamp(max=T - 1)  # rounding can give T
+    t = (u * len(alpha_bar)).long()
     a = alpha_bar[t].sqrt().float().view(-1, 1, 1, 1)
     s = (1 - alpha_bar[t]).sqrt().float().view(-1, 1, 1, 1)
     eps = torch.randn_like(x0)  # the noisy image is x_t = a x0 + s eps
     out = model(a * x0 + s * eps, t, y).float()
-
     target = eps if prediction == "eps" else a * eps - s * x0  # v, 2202.00512
     error = (out - target).square().mean((1, 2, 3))
     if gamma == 0:
         return error.mean()
-    # x0's error, which is 1 / snr of eps's and 1 / (snr + 1) of v's, has the weight min(snr, gamma)
+    # min-SNR, 2303.09556: x0's error (eps's / snr, v's / (snr + 1)) has the weight min(snr, gamma)
     snr = alpha_bar[t] / (1 - alpha_bar[t])
     weight = snr.clamp(max=gamma) / (snr if prediction == "eps" else snr + 1)
     return (weight.float() * error).mean()
@@ -234,26 +210,24 @@ def diffusion_loss(model, x0, y, alpha_bar, prediction, gamma, stratified=True):
 def predictor(model, y, alpha_bar, prediction, guidance=0.0, interval=(0, 1), bf16=False, clamp=True):
     """The function predict(x, t) -> (x0, eps) that the samplers call; x (B, 3, H, W), t an int.
 
+    guidance: w of (1 + w) out(x, y) - w out(x, NULL), 2207.12598. interval: of t / T with it, 2404.07724.
     clamp: x0 is clamped to [-1, 1]. eps agrees with x0.
-    guidance: w of (1 + w) out(x, y) - w out(x, NULL), 2207.12598; both branches run as one batch.
-    interval: the part of the time t / T in which there is guidance, 2404.07724.
     """
 
     def predict(x, t):
         branches, labels = x, y
         guided = guidance > 0 and interval[0] <= t / len(alpha_bar) <= interval[1]
-        if guided:
+        if guided:  # both branches run as one batch
             branches = torch.cat([x, x])
             labels = torch.cat([y, torch.full_like(y, NULL)])
         steps = torch.full((len(labels),), t, device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            out = model(branches, steps, labels)
-        out = out.float()
+            out = model(branches, steps, labels).float()
         if guided:
             conditional, unconditional = out.chunk(2)
             out = (1 + guidance) * conditional - guidance * unconditional
-        a = alpha_bar[t].sqrt().item()
-        s = (1 - alpha_bar[t]).sqrt().item()
+        a = alpha_bar[t].sqrt()
+        s = (1 - alpha_bar[t]).sqrt()
         x0 = (x - s * out) / a if prediction == "eps" else a * x - s * out
         if clamp:
             x0 = x0.clamp(-1, 1)
@@ -262,16 +236,10 @@ def predictor(model, y, alpha_bar, prediction, guidance=0.0, interval=(0, 1), bf
     return predict
 
 
-# Each sampler calls predict(x, t) -> (x0, eps) once at each of the decreasing integer `times`.
-# The last update ends at alpha_bar = 1, at the image itself.
-
-
+# A sampler turns noise x (B, 3, H, W) into images about in [-1, 1]. It calls predict(x, t) -> (x0, eps) at
+# each of the decreasing `times`; the last update ends at alpha_bar = 1. noise() returns fresh noise like x.
 def ddpm(predict, x, alpha_bar, times, noise, variance="posterior"):
-    """Ancestral sampling (2006.11239, equations 6 and 7).
-
-    x: normal noise (B, 3, H, W). noise() returns fresh noise like x. Returns images, about in [-1, 1].
-    variance: of the noise, "posterior" or "beta" (section 3.2 has both); the last step adds none.
-    """
+    """Ancestral sampling (2006.11239, equations 6 and 7; section 3.2 has both variances of the noise)."""
     levels = [*alpha_bar[times].tolist(), 1.0]
     for t, bar, bar_next in zip(times, levels, levels[1:]):
         x0, _ = predict(x, t)
@@ -279,17 +247,14 @@ def ddpm(predict, x, alpha_bar, times, noise, variance="posterior"):
         beta = 1 - alpha
         mean = math.sqrt(bar_next) * beta / (1 - bar) * x0 + math.sqrt(alpha) * (1 - bar_next) / (1 - bar) * x
         sigma = math.sqrt((1 - bar_next) / (1 - bar) * beta)
-        if variance == "beta" and bar_next < 1:
+        if variance == "beta" and bar_next < 1:  # the last step adds none
             sigma = math.sqrt(beta)
         x = mean + sigma * noise()
     return x
 
 
 def ddim(predict, x, alpha_bar, times, eta=0.0, noise=None):
-    """DDIM (2010.02502, equations 12 and 16); x: noise (B, 3, H, W). Returns images, about in [-1, 1].
-
-    eta: 0 is deterministic, 1 as noisy as ddpm. noise() -> like x is needed for eta > 0.
-    """
+    """DDIM (2010.02502, equations 12 and 16); eta: 0 is deterministic, 1 as noisy as ddpm."""
     levels = [*alpha_bar[times].tolist(), 1.0]
     for t, bar, bar_next in zip(times, levels, levels[1:]):
         x0, eps = predict(x, t)
@@ -301,40 +266,30 @@ def ddim(predict, x, alpha_bar, times, eta=0.0, noise=None):
 
 
 def dpm_solver(predict, x, alpha_bar, times):
-    """DPM-Solver++(2M) (2211.01095, algorithm 2), then one prediction of x0 at the last time.
-
-    x: noise (B, 3, H, W). Returns images, about in [-1, 1].
-    """
-    a = alpha_bar.sqrt().tolist()
-    s = (1 - alpha_bar).sqrt().tolist()
+    """DPM-Solver++(2M) (2211.01095, algorithm 2), then one prediction of x0 at the last time."""
+    a = alpha_bar.sqrt()
+    s = (1 - alpha_bar).sqrt()
+    lambda_ = (a / s).log()  # half the log-SNR
     before = None  # (h, x0) of the step before
     for t, t_next in zip(times, times[1:]):
         x0, _ = predict(x, t)
-        h = math.log(a[t_next] / s[t_next]) - math.log(a[t] / s[t])  # the step in lambda, half the log-SNR
+        h = lambda_[t_next] - lambda_[t]
         middle = x0
         if before is not None:  # second order: x0 extrapolated to the middle of the step
             middle = x0 + (x0 - before[1]) * h / (2 * before[0])
         # exact where x0 stays `middle` during the step; with middle = x0 it is a step of DDIM
-        x = s[t_next] / s[t] * x - a[t_next] * math.expm1(-h) * middle
+        x = s[t_next] / s[t] * x - a[t_next] * torch.expm1(-h) * middle
         before = (h, x0)
     return predict(x, times[-1])[0]
 
 
-def even_times(T, calls):
-    """`calls` times from T - 1 down to 0, evenly spaced and rounded."""
-    return np.linspace(T - 1, 0, calls).round().astype(int).tolist()
-
-
 def log_snr_times(alpha_bar, calls, last):
-    """T - 1, then times evenly spaced in lambda, half the log-SNR, down to `last`, as if T - 1 were at -4.
-
-    Below -4 an image is almost pure noise. Fewer than `calls` times where two coincide.
-    """
-    lambda_ = (alpha_bar / (1 - alpha_bar)).log() / 2
-    grid = torch.linspace(max(lambda_[-1].item(), -4.0), lambda_[last].item(), calls, dtype=torch.float64)
-    times = (lambda_[:, None] - grid).abs().argmin(0)
+    """`calls` times, T - 1 to `last`, evenly spaced in lambda from -4 on; fewer where two coincide."""
+    lambda_ = (alpha_bar / (1 - alpha_bar)).log().numpy() / 2
+    grid = np.linspace(max(lambda_[-1], -4), lambda_[last], calls)  # below -4 an image is almost pure noise
+    times = np.abs(lambda_[:, None] - grid).argmin(0)
     times[0] = len(alpha_bar) - 1
-    return times.unique().flip(0).tolist()
+    return sorted(set(times.tolist()), reverse=True)
 
 
 # ---------------- train ----------------
@@ -342,18 +297,15 @@ def log_snr_times(alpha_bar, calls, last):
 
 def learning_rate(args, step, steps):
     """The rate at a step of 1 to `steps`, args.lr at most."""
-    if args.lr_schedule == "sqrt":  # warm-up, then 1 / sqrt decay (2312.02696), whatever the number of steps
+    if args.lr_schedule == "sqrt":  # warm-up, then 1 / sqrt decay (2312.02696), whatever `steps`
         return args.lr * min(step / 200, 1) / max((step - 1) / 5000, 1) ** 0.5
     return args.lr * REPORT_RATES[args.lr_schedule]((step - 1) / steps)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay=1.0):
-    """Power-function average of the weights over about the last tenth (2312.02696, section 3.1: gamma 16).
-
-    decay: below 1, the average is at most as long as an exponential one of this decay; 0 copies.
-    """
-    weight = max(1 - (1 - 1 / step) ** 17, 1 - decay)
+    """Power-function average over about the last tenth (2312.02696, gamma 16), or over less, with `decay`."""
+    weight = max(1 - (1 - 1 / step) ** 17, 1 - decay)  # 1 at the first step: copies
     for average, parameter in zip(ema.parameters(), model.parameters()):
         average.lerp_(parameter, weight)
     for average, buffer in zip(ema.buffers(), model.buffers()):
@@ -361,25 +313,22 @@ def update_ema(ema, model, step, decay=1.0):
 
 
 def train(args, images, labels):
-    """Trains for args.steps or args.epochs, writes args.ckpt, returns the EMA network in eval mode.
+    """Trains on uint8 images (N, 3, H, H) and int64 labels (N,) in 0..9; args: of parse_args([...]).
 
-    images: uint8 (N, 3, H, H). labels: int64 (N,) in 0..9. args: parse_args([...]).
+    Writes args.ckpt, returns the EMA network in eval mode.
     Raises ValueError, FloatingPointError (loss not finite), KeyboardInterrupt (after Ctrl-C; saved).
     """
     check_training_set(args, images, labels)
     torch.manual_seed(args.seed)
     model = build(args)
     ema = build(args)
-    ema.load_state_dict(model.state_dict())
-    optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer]
-    options = dict(betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    optim = optimizer(model.parameters(), args.lr, **options)
+    kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
+    optim = kind(model.parameters(), args.lr, args.betas, weight_decay=args.weight_decay, fused=True)
     run = Run(args, images, model=model, ema=ema, optim=optim)
-    net = run.parallel(model)
+    net = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
     images = images.to(args.device)
     labels = labels.to(args.device)
     alpha_bar = make_alpha_bar(args.schedule, args.T, args.beta_end).to(args.device)
-    stratified = args.t_sampling == "stratified"
     for step in run:
         i = torch.randint(len(images), (args.batch_size // args.world,), device=args.device)
         x0 = images[i].float() / 127.5 - 1
@@ -389,7 +338,7 @@ def train(args, images, labels):
 
         # minimise the squared error of the predicted v (or eps)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-            loss = diffusion_loss(net, x0, y, alpha_bar, args.prediction, args.gamma, stratified)
+            loss = diffusion_loss(net, x0, y, alpha_bar, args.prediction, args.gamma, args.t_sampling)
         optim.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -403,10 +352,7 @@ def train(args, images, labels):
 
 
 class Noise:
-    """Normal noise of `shape` for each image; every call draws anew, from a generator for each image.
-
-    keys: a tuple of integers for each image; its noise depends on (seed, key) alone.
-    """
+    """Normal noise; every call draws anew. An image's depends on `seed` and its tuple in `keys` alone."""
 
     def __init__(self, keys, shape, seed=0, device="cpu"):
         self.generators = [np.random.default_rng([seed, *key]) for key in keys]
@@ -427,20 +373,40 @@ def to_uint8(x):
 def generate(
     model, settings, digits, numbers=None, seed=0, sampler="dpm++", calls=CALLS, last_time=LAST,
     guidance=GUIDANCE, guidance_interval=INTERVAL, eta=0.0, variance="posterior", clamp=True, bf16=False,
-    trace=None,
 ):  # fmt: skip
-    """Images of `digits` (N integers in 0..9): uint8 (N, 3, H, W) on the CPU.
+    """Images of `digits` (N in 0..9): uint8 (N, 3, H, W) on the CPU; model, settings: of load_model.
 
-    model, settings: of load_model; with a guide, model is Guided(model, guide, w).
-    numbers: tells images of one digit apart (default: 1 to N).
-    An image depends on (seed, digit, number) alone. calls: of the network, for dpm++ and ddim.
-    last_time: t / T of dpm++'s last call. guidance_interval, clamp: see `predictor`. eta: see `ddim`.
-    variance: see `ddpm`. bf16: autocast.
-    trace: a list to which each x_t of the first image is appended.
-    Raises ValueError for what the network cannot do.
+    An image depends on (seed, digit, number) alone; numbers: 1 to N, if left out.
+    calls: of the network, by dpm++ and ddim. last_time: t / T of dpm++'s last call.
+    guidance, guidance_interval, clamp: see `predictor`. eta, variance: of ddim, ddpm. bf16: autocast.
+    Raises ValueError for what the network cannot do, and for values out of range.
     """
-    if numbers is None:
-        numbers = range(1, len(digits) + 1)
+    digits, numbers, seed = check_request(settings, digits, numbers, seed, sampler, calls, guidance)
+    noise = Noise(zip(digits, numbers), (3, settings.size, settings.size), seed, settings.device)
+    y = torch.tensor(digits, device=settings.device)
+    alpha_bar = make_alpha_bar(settings.schedule, settings.T, settings.beta_end)
+    predict = predictor(model, y, alpha_bar, settings.prediction, guidance, guidance_interval, bf16, clamp)
+    if sampler == "ddpm":
+        times = list(reversed(range(settings.T)))
+        x0 = ddpm(predict, noise(), alpha_bar, times, noise, variance)
+    elif sampler == "ddim":
+        times = np.linspace(settings.T - 1, 0, calls).round().astype(int).tolist()
+        x0 = ddim(predict, noise(), alpha_bar, times, eta, noise)
+    else:
+        # the last call removes all noise below, which a small network does better than several calls
+        last = min(round(last_time * settings.T), settings.T - 1)
+        x0 = dpm_solver(predict, noise(), alpha_bar, log_snr_times(alpha_bar, calls, last))
+    return to_uint8(x0)
+
+
+# ---------------- evaluate and plots ----------------
+
+SAMPLERS = ("dpm++", "ddim", "ddpm")
+
+
+def check_request(settings, digits, numbers, seed, sampler, calls, guidance):
+    """(digits, numbers, seed) as whole numbers; raises ValueError for what `generate` cannot do."""
+    numbers = list(range(1, len(digits) + 1) if numbers is None else numbers)
     wrong = set(map(int, digits)) - set(range(DIGITS))
     if wrong:
         raise ValueError(f"digits: found {sorted(wrong)}, expected integers in 0 to {DIGITS - 1}")
@@ -450,29 +416,7 @@ def generate(
         raise ValueError(f"--sample-steps {calls}: expected at most the network's T = {settings.T} steps")
     if guidance > 0 and settings.label_dropout == 0:
         raise ValueError(f"--guidance {guidance}: this network has no null class; use --guidance 0")
-    noise = Noise(zip(digits, numbers), (3, settings.size, settings.size), seed, settings.device)
-    y = torch.tensor(list(digits), device=settings.device)
-    alpha_bar = make_alpha_bar(settings.schedule, settings.T, settings.beta_end)
-    plain = predictor(model, y, alpha_bar, settings.prediction, guidance, guidance_interval, bf16, clamp)
-
-    def predict(x, t):
-        if trace is not None:
-            trace.append(to_uint8(x[0]))
-        return plain(x, t)
-
-    if sampler == "ddpm":
-        times = even_times(settings.T, settings.T)
-        x0 = ddpm(predict, noise(), alpha_bar, times, noise, variance)
-    elif sampler == "ddim":
-        x0 = ddim(predict, noise(), alpha_bar, even_times(settings.T, calls), eta, noise)
-    else:
-        # the last call removes all noise below, which a small network does better than several calls
-        last = min(round(last_time * settings.T), settings.T - 1)
-        x0 = dpm_solver(predict, noise(), alpha_bar, log_snr_times(alpha_bar, calls, last))
-    return to_uint8(x0)
-
-
-# ---------------- evaluate and plots ----------------
+    return list(digits), numbers, seed
 
 
 def sampling(args):
@@ -521,7 +465,7 @@ def evaluate(args):
 
 def grid(args):
     """Writes digits.png (10x10), reverse.png (states of the first 0), guidance.png (w = 0, 0.5, 2),
-    training.png and network.txt into --out. Prints the accuracy of --num images of each digit for each w.
+    training.png into --out. Prints the accuracy of --num images of each digit for each w.
     """
     from common import classify, digit_classifier, save_curves, save_grid
 
@@ -531,8 +475,13 @@ def grid(args):
     out.mkdir(parents=True, exist_ok=True)
     columns = range(1, 11)
     digits = [digit for digit in range(DIGITS) for _ in columns]
-    trace = []
-    images = generate(model, settings, digits, list(columns) * DIGITS, trace=trace, **sampling(args))
+    trace = []  # x_t of the first image before each step
+
+    def traced(x, t, y):
+        trace.append(to_uint8(x[0]))
+        return model(x, t, y)
+
+    images = generate(traced, settings, digits, list(columns) * DIGITS, **sampling(args))
     rows = images.view(DIGITS, 10, *images.shape[1:])
     title = f"rows: digit, columns: noise; {how}, w = {args.guidance}"
     save_grid(out / "digits.png", rows, range(DIGITS), columns, title)
@@ -559,8 +508,6 @@ def grid(args):
     title = f"guidance, the same noise in each column, {how}"
     save_grid(out / "guidance.png", torch.stack(rows), [f"w = {w}" for w in weights], range(DIGITS), title)
 
-    parameters = sum(p.numel() for p in model.parameters())
-    write_text(out / "network.txt", f"{parameters:,} parameters\n{model}\n")
     log = log_path(args.ckpt)
     if log.is_file():
         save_curves(out / "training.png", log, ["loss"], "training loss")
@@ -568,6 +515,8 @@ def grid(args):
 
 
 # ---------------- the reports ----------------
+
+SIZE = 28  # of the images that their networks take
 
 
 class ChannelNorm(nn.Module):
