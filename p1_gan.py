@@ -12,7 +12,6 @@ Papers: DCGAN (arXiv 1511.06434), WGAN-GP (1704.00028), spectral normalisation (
 Real data, --seed 0: sngan reaches a Frechet distance of 117.2 on EfficientNet-Lite0 (1000 faces against
 2,025) after 19,307 steps, on an H200. acgan reaches 99.7 % digit accuracy of 1000 images after 132 minutes
 on one shared core of an AMD EPYC. README.md has the tables and the commands.
-The method is what stands above `# evaluate and plots`, in reading order.
 """
 
 # SPDX-License-Identifier: MIT
@@ -27,7 +26,6 @@ import signal
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +34,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils import parametrizations, parametrize
 
 Z = 100  # length of a latent
 DIGITS = 10
@@ -105,7 +102,6 @@ class Discriminator(nn.Module):
 
     norm: batch (2,765,568 parameters), none (WGAN-GP's critic, 2,763,776), or spectral: spectral norm
     beside BatchNorm. Spectral norm alone learns too slowly to teach G with 448,000 images.
-    WGAN-GP's has neither norm nor bias, so critic(2x) = 2 critic(x).
     """
 
     def __init__(self, norm, bias=False, digits=0):
@@ -113,7 +109,7 @@ class Discriminator(nn.Module):
 
         def conv(c_in, c_out, stride=2, padding=1):
             layer = nn.Conv2d(c_in, c_out, 4, stride, padding, bias=bias)
-            return spectral_norm(layer) if norm == "spectral" else layer
+            return parametrizations.spectral_norm(layer) if norm == "spectral" else layer
 
         self.main = nn.Sequential(
             down(conv(3, 64), False),  # (B, 64, 32, 32)
@@ -137,7 +133,7 @@ class DigitDiscriminator(nn.Module):
 
         def conv(c_in, c_out, kernel, stride, batch_norm=True):
             layer = nn.Conv2d(c_in, c_out, kernel, stride, 1, bias=not batch_norm)
-            return down(spectral_norm(layer), batch_norm)
+            return down(parametrizations.spectral_norm(layer), batch_norm)
 
         self.main = nn.Sequential(
             conv(3, 64, 3, 1, batch_norm=False),
@@ -147,8 +143,8 @@ class DigitDiscriminator(nn.Module):
             conv(256, 256, 3, 1),
             nn.Flatten(),  # (B, 256 * 49)
         )
-        self.real = spectral_norm(nn.Linear(256 * 49, 1))
-        self.digit = spectral_norm(nn.Linear(256 * 49, DIGITS))
+        self.real = parametrizations.spectral_norm(nn.Linear(256 * 49, 1))
+        self.digit = parametrizations.spectral_norm(nn.Linear(256 * 49, DIGITS))
 
     def forward(self, x):
         h = self.main(x)
@@ -237,8 +233,6 @@ def d_step(args, g, d, optim, images, labels, progress):
     i = torch.randint(len(images), (args.batch_size // args.world,), device=args.device)
     real = images[i].float() / 127.5 - 1
     y = labels[i] if args.method == "acgan" else None
-    if args.report == "2021" and args.method == "acgan":  # its networks have 64x64 pixels
-        real = F.interpolate(real, 64, mode="bilinear")
     if args.flip:
         mirrored = torch.rand(len(real), 1, 1, 1, device=args.device) < 0.5
         real = torch.where(mirrored, real.flip(3), real)
@@ -281,18 +275,22 @@ def update(args, net, optim, loss):
     """One step of `optim` on the parameters of `net` alone; returns the norm of their gradient."""
     optim.zero_grad()
     loss.backward(inputs=list(net.parameters()))
-    average_gradients(net, args)
+    if args.world > 1:  # DistributedDataParallel does not support the penalty's torch.autograd.grad
+        for parameter in net.parameters():
+            parameter.grad /= args.world
+            dist.all_reduce(parameter.grad)
     norm = nn.utils.clip_grad_norm_(net.parameters(), math.inf)  # measures, clips nothing
     optim.step()
     return norm
 
 
 def rate(decay, progress):
-    """Factor of the learning rates: linear to 0, halved at 50 and 75 % (step) or 1/3 and 2/3 (thirds)."""
+    """Factor of the learning rates: 1 (none), linear to 0, or halved at each third (thirds)."""
     if decay == "linear":
         return 1 - progress
-    halvings = {"step": (0.5, 0.75), "thirds": (1 / 3, 2 / 3)}.get(decay, ())
-    return 0.5 ** len([share for share in halvings if share <= progress])
+    if decay == "thirds":
+        return 0.5 ** math.floor(3 * progress)
+    return 1
 
 
 @torch.no_grad()
@@ -306,10 +304,7 @@ def update_ema(ema, model, step, decay):
 
 
 def find_gain(logits, spread, low=0.1, high=4.0):
-    """The gain at which tanh(gain * logits) has the mean standard deviation `spread` over the images.
-
-    It is about 1.4 for faces; `high` where the images are too much alike for any gain.
-    """
+    """The gain, low to high, at which tanh(gain * logits) has the mean deviation `spread` over images."""
     for _ in range(12):  # to a thousandth
         gain = (low + high) / 2
         if torch.tanh(gain * logits).std(0).mean() < spread:
@@ -352,7 +347,7 @@ def train(args, images, labels=None):
     """Trains for args.steps updates of D, or args.epochs, writes args.ckpt, returns the EMA generator.
 
     images: uint8 (N, 3, 64, 64) faces, or for acgan (N, 3, 28, 28) digits with labels, int64 (N,) in 0..9.
-    args: parse_args([...]). Every 500 steps a picture of fixed noises goes beside the checkpoint.
+    args: parse_args([...]). Every 500 steps a picture of fixed noises goes into <ckpt>_grids/.
     Raises ValueError, FloatingPointError (loss not finite), KeyboardInterrupt (after Ctrl-C; saved).
     """
     check_training_set(args.method, images, labels)
@@ -360,26 +355,29 @@ def train(args, images, labels=None):
     g, d = build(args)
     ema = build(args)[0].eval()
     ema.load_state_dict(g.state_dict())
-    options = dict(betas=(args.beta1, args.beta2), weight_decay=args.weight_decay, fused=True)
+    options = dict(betas=args.betas, weight_decay=args.weight_decay, fused=True)
     optim_g = torch.optim.AdamW(g.parameters(), args.lr, **options)
     optim_d = torch.optim.AdamW(d.parameters(), args.lr_d, **options)
-    spread = images[:: max(len(images) // 1000, 1)].float().std(0).mean().item() / 127.5  # of a thousand
-    finish = partial(recalibrate, args, ema, spread)  # before the average is saved or shown
-    run = Run(args, images, finish, model=g, ema=ema, discriminator=d, optim_g=optim_g, optim_d=optim_d)
+    thousand = images[:: max(len(images) // 1000, 1)]
+    spread = thousand.float().std(0).mean().item() / 127.5
+    parts = dict(model=g, ema=ema, discriminator=d, optim_g=optim_g, optim_d=optim_d)
+    steps = args.steps or args.epochs * math.ceil(len(images) / args.batch_size)
+    run = Run(args, images, lambda: recalibrate(args, ema, spread), **parts)
     images = images.to(args.device)
-    if args.method == "acgan":
-        labels = labels.to(args.device)
-    losses = dict.fromkeys(COLUMNS, torch.zeros((), device=args.device))  # G's: 0 until its first step
+    labels = None if labels is None else labels.to(args.device)
     for step in run:
-        progress = (step - 1) / run.steps
+        progress = (step - 1) / steps
         optim_g.param_groups[0]["lr"] = args.lr * rate(args.decay, progress)
         optim_d.param_groups[0]["lr"] = args.lr_d * rate(args.decay, progress)
-        losses.update(d_step(args, g, d, optim_d, images, labels, progress))
+        losses = d_step(args, g, d, optim_d, images, labels, progress)
         if step % args.n_critic == 0:
             for _ in range(args.g_updates):
                 losses.update(g_step(args, g, d, optim_g, progress))
             update_ema(ema, g, step // args.n_critic, args.ema)
         run.record(**losses)
+        if args.rank == 0 and (step % 500 == 0 or step == steps):
+            recalibrate(args, ema, spread)
+            save_picture(args, ema, step)
     return ema
 
 
@@ -441,6 +439,15 @@ def first_images(model, settings, seed):
     """The first 32 faces, or 10 images of each digit, as one picture (3, H, W)."""
     count, columns = (10, 10) if settings.method == "acgan" else (32, 8)
     return tile(from_keys(model, settings, image_keys(settings.method, count), seed), columns)
+
+
+def save_picture(args, ema, step):
+    """Writes the first images beside the checkpoint; failing is a warning."""
+    folder = Path(f"{str(args.ckpt).removesuffix('.pt')}_grids")
+    try:
+        write_png(folder / f"{step:06d}.png", first_images(ema, args, args.seed))
+    except OSError as e:
+        print(f"warning: {e}; training goes on", file=sys.stderr)
 
 
 def interpolation(model, settings, seed):
@@ -547,13 +554,23 @@ class DigitGenerator2021(Generator):
         return super().forward(torch.cat([z, label], 1))
 
 
+class DigitDiscriminator2021(Discriminator):
+    """ACGAN's discriminator of report 2021, 2,848,459 parameters: enlarges real digits to 64x64."""
+
+    def __init__(self):
+        super().__init__("batch", bias=True, digits=DIGITS)
+
+    def forward(self, x):
+        if x.shape[2] < 64:
+            x = F.interpolate(x, 64, mode="bilinear")
+        return super().forward(x)
+
+
 def networks_2021(method):
-    """(generator, discriminator): DCGAN with biases (3,577,667 and 2,766,529 parameters), or the ACGAN of
-    the same shape, whose discriminator (2,848,459) reads the digit too.
-    """
+    """(generator, discriminator): DCGAN with biases (3,577,667 and 2,766,529 parameters), or ACGAN."""
     if method == "acgan":
         g = DigitGenerator2021()
-        d = Discriminator("batch", bias=True, digits=DIGITS)
+        d = DigitDiscriminator2021()
     else:
         g = Generator(bias=True)
         d = Discriminator("batch", bias=True)
@@ -565,12 +582,12 @@ def networks_2021(method):
 # fmt: off
 REPORTS = {
     "2021": {
-        "dcgan": dict(lr=2e-4, lr_d=2e-4, beta1=0.9, g_updates=2, decay="thirds", epochs=120),
-        "acgan": dict(lr=1e-4, lr_d=1e-4, beta1=0.5, g_updates=1, epochs=10, digit_weight=1.0, loss="bce",
-                      batch_size=64),  # (o) the batch
+        "dcgan": dict(lr=2e-4, lr_d=2e-4, betas=[0.9, 0.999], g_updates=2, decay="thirds", epochs=120),
+        "acgan": dict(lr=1e-4, lr_d=1e-4, betas=[0.5, 0.999], g_updates=1, epochs=10, digit_weight=1.0,
+                      loss="bce", batch_size=64),  # (o) the batch
     },
     "2022a": {
-        "dcgan": dict(beta1=0.5, beta2=0.999, batch_size=64),
+        "dcgan": dict(betas=[0.5, 0.999], batch_size=64),
         "wgangp": dict(batch_size=64),  # (p) n_critic 5, weight 10 of the penalty, rate, betas
     },
     "2022b": {
@@ -592,7 +609,7 @@ OF_REPORTS = dict(ema=0.0, diffaugment="none", decay="none")
 NAME = "p1_gan"
 # settings that a checkpoint keeps; --resume refuses others
 NETWORK = ("method", "report")
-TRAINING = ("batch_size", "lr", "lr_d", "beta1", "beta2", "weight_decay", "decay", "n_critic", "g_updates")
+TRAINING = ("batch_size", "lr", "lr_d", "betas", "weight_decay", "decay", "n_critic", "g_updates")
 TRAINING += ("ema", "loss", "diffaugment", "label_smoothing", "instance_noise", "digit_weight")
 TRAINING += ("flip", "seed")
 COLUMNS = ("d_loss", "g_loss", "d_real", "d_fake", "d_gradient", "g_gradient")  # of the log
@@ -735,17 +752,6 @@ def progress_bar(args, total, what, unit, initial=0):
         return argparse.Namespace(update=nothing, set_postfix=nothing, close=nothing)
     interval = 1 if sys.stderr.isatty() else 60
     return tqdm(total=total, desc=what, unit=unit, initial=initial, mininterval=interval)
-
-
-def average_gradients(net, args):
-    """Replaces gradients by their mean over the processes of torchrun.
-
-    DistributedDataParallel cannot: it does not support torch.autograd.grad, which the penalty takes.
-    """
-    if args.world > 1:
-        for parameter in net.parameters():
-            parameter.grad /= args.world
-            dist.all_reduce(parameter.grad)
 
 
 def fixed_length(args):
@@ -1053,8 +1059,7 @@ def add_options(p):
     add(g, "--batch-size", None, "images per step; sample: images at a time", type=number(int, 2))
     add(g, "--lr", None, "learning rate of G", type=number(float, 0))
     add(g, "--lr-d", None, "learning rate of D", type=number(float, 0))
-    add(g, "--beta1", None, "beta1 of AdamW", type=beta)
-    add(g, "--beta2", None, "beta2 of AdamW", type=beta)
+    add(g, "--betas", None, "of AdamW", type=beta, nargs=2, metavar="B")
     add(g, "--weight-decay", 0.0, "weight decay of AdamW", type=number(float, 0))
     text = "of the learning rates: linear to 0, step: halved at 50 and 75 %%, thirds: at 1/3 and 2/3"
     add(g, "--decay", None, text, choices=("none", "linear", "step", "thirds"))
@@ -1075,16 +1080,16 @@ def add_options(p):
 # What each method trains with; -h explains the names.
 # fmt: off
 PRESETS = {
-    "dcgan":  dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=1, ema=0.0,
+    "dcgan":  dict(lr=2e-4, lr_d=2e-4, betas=[0.5, 0.999], n_critic=1, g_updates=1, ema=0.0,
                    loss="bce", diffaugment="none", decay="none",
                    batch_size=64, steps=7000, flip=True),
-    "wgangp": dict(lr=1e-4, lr_d=1e-4, beta1=0.0, beta2=0.9,   n_critic=5, g_updates=1, ema=0.0,
+    "wgangp": dict(lr=1e-4, lr_d=1e-4, betas=[0.0, 0.9], n_critic=5, g_updates=1, ema=0.0,
                    loss="wasserstein", diffaugment="none", decay="none",
                    batch_size=64, steps=7000, flip=True),
-    "sngan":  dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=2, ema=0.999,
+    "sngan":  dict(lr=2e-4, lr_d=2e-4, betas=[0.5, 0.999], n_critic=1, g_updates=2, ema=0.999,
                    loss="hinge", diffaugment="translation", decay="linear",
                    batch_size=16, steps=20000, flip=True),
-    "acgan":  dict(lr=2e-4, lr_d=2e-4, beta1=0.5, beta2=0.999, n_critic=1, g_updates=2, ema=0.999,
+    "acgan":  dict(lr=2e-4, lr_d=2e-4, betas=[0.5, 0.999], n_critic=1, g_updates=2, ema=0.999,
                    loss="hinge", diffaugment="translation", decay="linear",
                    batch_size=32, steps=10000, flip=False),
 }
