@@ -1,8 +1,7 @@
 """DDIM on faces: the 2023 course's network and graded sampler, and networks of one's own.
 
 Papers: DDIM (arXiv 2010.02502), DDPM (2006.11239), DPM-Solver++ (2211.01095), v-prediction (2202.00512),
-min-SNR weights (2303.09556), EMA and learning rate (2312.02696), autoguidance (2406.02507), fixed-point
-inversion (2312.12540).
+min-SNR (2303.09556), EMA and learning rate (2312.02696), autoguidance (2406.02507), inversion (2312.12540).
 
   python p3_ddim.py --mode noise --out noise                               # noises 00.pt ... 09.pt
   python p3_ddim.py --mode sample --noise noise --out out --ckpt UNet.pt   # NN.png for every NN.pt
@@ -44,7 +43,6 @@ from PIL import Image
 
 T = 1000
 SAMPLERS = ("ddim", "dpm++", "ddpm")
-LAST = 20  # dpm++'s last time, own network: 400 faces have distances 128, 128, 131, 135 at 10, 20, 30, 40
 
 
 # ---------------- networks ----------------
@@ -115,8 +113,6 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block, then attention where asked for."""
-
     def __init__(self, c_in, c_out, c_time, dropout, attention=False):
         super().__init__()
         self.resblocks = ResBlock(c_in, c_out, c_time, dropout)
@@ -127,11 +123,10 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """The 2023 course's face network (113,673,219 parameters); without arguments it takes its UNet.pt.
+    """Noisy images (B, 3, H, W) and integer steps (B,) -> eps or v (B, 3, H, W).
 
-    forward(x, t): noisy images x (B, 3, H, W), integer steps t (B,) -> eps or v (B, 3, H, W).
-    channels: one width per resolution, multiples of 32. blocks: residual blocks at each.
-    attention: the strides (1 at the entrance) with attention.
+    channels: a width per resolution, multiples of 32; blocks: residual blocks at each; attention: the strides
+    that have it. Without arguments it is the 2023 course's network of UNet.pt, 113,673,219 parameters.
     """
 
     def __init__(self, channels=(128, 128, 256, 256, 512, 512), blocks=2, attention=(16,), dropout=0.0):
@@ -164,21 +159,16 @@ class UNet(nn.Module):
                 self.add_module(f"{name}{i}", module)  # down1, down2, ...: the course's names
         self.out = nn.Sequential(norm(c), nn.SiLU(), conv3x3(c, 3, scale=1e-10))
 
-    def part(self, name):
-        """The modules name1, name2, ... in order."""
-        return [module for key, module in self.named_children() if key.startswith(name)]
-
     def forward(self, x, t):
         time = self.time(t)  # (B, c_time)
         h = x
         skips = []
-        for module in self.part("down"):
+        for name, module in list(self.named_children())[1:-1]:  # down1, ..., mid1, mid2, up1, ...
+            if name.startswith("up") and isinstance(module, Block):
+                h = torch.cat([h, skips.pop()], 1)
             h = module(h, time) if isinstance(module, Block) else module(h)
-            skips.append(h)
-        for module in self.part("mid"):
-            h = module(h, time)
-        for module in self.part("up"):
-            h = module(torch.cat([h, skips.pop()], 1), time) if isinstance(module, Block) else module(h)
+            if name.startswith("down"):
+                skips.append(h)
         return self.out(h)
 
 
@@ -191,10 +181,7 @@ def build(args):
 
 
 class Guided(nn.Module):
-    """Autoguidance (2406.02507): a network, moved away from what a weaker one, its guide, predicts.
-
-    forward(x, t) -> guide + w (model - guide), float32, for both eps and v. w = 1 is the network alone.
-    """
+    """Autoguidance (2406.02507): a network moved away from a weaker one, its guide; w = 1 is it alone."""
 
     def __init__(self, model, guide, w):
         super().__init__()
@@ -216,10 +203,7 @@ def make_alpha_bar():
 
 
 def diffusion_loss(model, x0, alpha_bar, gamma):
-    """Mean squared error of the network's v (2202.00512) at random steps, stratified over the batch.
-
-    x0: float (B, 3, H, W) in [-1, 1]. gamma: min-SNR weights (2303.09556); 0 leaves all weights at 1.
-    """
+    """Mean squared error of v (2202.00512) at random steps, stratified over x0 (B, 3, H, W) in [-1, 1]."""
     b = len(x0)
     u = (torch.rand(1, device=x0.device) + torch.arange(b, device=x0.device) / b) % 1
     t = (u * T).long().clamp(max=T - 1)  # rounding can give T
@@ -228,46 +212,35 @@ def diffusion_loss(model, x0, alpha_bar, gamma):
     eps = torch.randn_like(x0)  # the noisy image is x_t = a x0 + s eps
     out = model(a * x0 + s * eps, t).float()
     error = (out - (a * eps - s * x0)).square().mean((1, 2, 3))  # v = a eps - s x0
-    if gamma == 0:
-        return error.mean()
-    # x0's error, which is 1 / (snr + 1) of v's, has the weight min(snr, gamma)
-    snr = alpha_bar[t] / (1 - alpha_bar[t])
-    return ((snr.clamp(max=gamma) / (snr + 1)).float() * error).mean()
+    if gamma > 0:  # min-SNR (2303.09556): x0's error, 1 / (snr + 1) of v's, has the weight min(snr, gamma)
+        snr = alpha_bar[t] / (1 - alpha_bar[t])
+        error = (snr.clamp(max=gamma) / (snr + 1)).float() * error
+    return error.mean()
 
 
 def predictor(model, alpha_bar, prediction, bf16=False, clamp=True):
-    """The function predict(x, t) -> (x0, eps) that the samplers call; x (B, 3, H, W), t an int.
-
-    prediction: what the network predicts, "eps" or "v".
-    x0 is clamped to [-1, 1]; as in the course's recipe, eps stays what the network says.
-    clamp=False: the plain formula, which ddim_inverse undoes.
-    """
+    """predict(x, t) -> (x0, eps) for the samplers, t an int. prediction: what `model` gives, "eps" or "v"."""
 
     def predict(x, t):
-        steps = torch.full((len(x),), t, device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            out = model(x, steps)
-        out = out.float()
+            out = model(x, torch.full((len(x),), t, device=x.device)).float()
         a = alpha_bar[t].sqrt().item()
         s = (1 - alpha_bar[t]).sqrt().item()
         eps = out if prediction == "eps" else a * out + s * x  # a v + s x_t = eps
         x0 = (x - s * eps) / a
-        if clamp:
+        if clamp:  # x0 alone, as in the course's recipe
             x0 = x0.clamp(-1, 1)
         return x0, eps
 
     return predict
 
 
-# Each sampler calls predict(x, t) -> (x0, eps) once at each of the decreasing integer `times`.
-# The last update ends at alpha_bar = 1, at the image itself; ddim's at `end`.
+# A sampler makes images in about [-1, 1] from normal noise x (B, 3, H, W), and calls predict once at each of
+# the decreasing integer `times`. The last step ends at alpha_bar = 1, at the image itself; ddim's at `end`.
 
 
 def ddpm(predict, x, alpha_bar, times, noise):
-    """Ancestral sampling with the posterior's variance (2006.11239, equations 6 and 7).
-
-    x: normal noise (B, 3, H, W). noise() returns fresh noise like x. Returns images in [-1, 1].
-    """
+    """Ancestral sampling with the posterior's variance (2006.11239, equations 6 and 7). noise(): like x."""
     levels = [*alpha_bar[times].tolist(), 1.0]
     for t, bar, bar_next in zip(times, levels, levels[1:]):
         x0, _ = predict(x, t)
@@ -279,11 +252,7 @@ def ddpm(predict, x, alpha_bar, times, noise):
 
 
 def ddim(predict, x, alpha_bar, times, eta=0.0, noise=None, end=1.0):
-    """DDIM (2010.02502, equations 12 and 16); x: noise (B, 3, H, W). Returns images in about [-1, 1].
-
-    eta: 0 is deterministic, 1 as noisy as ddpm. noise() -> like x is needed for eta > 0.
-    end: the alpha_bar of the result.
-    """
+    """DDIM (2010.02502, equations 12 and 16). eta: 0 is deterministic, 1 is as noisy as ddpm."""
     levels = [*alpha_bar[times].tolist(), end]
     for t, bar, bar_next in zip(times, levels, levels[1:]):
         x0, eps = predict(x, t)
@@ -295,15 +264,11 @@ def ddim(predict, x, alpha_bar, times, eta=0.0, noise=None, end=1.0):
 
 
 def ddim_inverse(predict, x, alpha_bar, times, iterations=3, end=1.0):
-    """The noise from which `ddim` with the same times and end, eta 0 and no clamping makes the image x.
-
-    A step ends at x, at bar_next. Its start, at bar, is found by fixed-point iteration (2312.12540).
-    iterations: network calls per step; 1 is the usual inversion, which takes eps(x, t) for eps(start, t).
-    """
+    """The noise from which `ddim`, with the same times and end, eta 0 and no clamping, makes the image x."""
     levels = [*alpha_bar[times].tolist(), end]
     for t, bar, bar_next in reversed(list(zip(times, levels, levels[1:]))):
         start = x
-        for _ in range(iterations):
+        for _ in range(iterations):  # fixed-point iteration (2312.12540): a step from `start` ends at x
             _, eps = predict(start, t)
             x0 = (x - math.sqrt(1 - bar_next) * eps) / math.sqrt(bar_next)
             start = math.sqrt(bar) * x0 + math.sqrt(1 - bar) * eps
@@ -312,10 +277,7 @@ def ddim_inverse(predict, x, alpha_bar, times, iterations=3, end=1.0):
 
 
 def dpm_solver(predict, x, alpha_bar, times):
-    """DPM-Solver++(2M) (2211.01095, algorithm 2), then one prediction of x0 at the last time.
-
-    x: noise (B, 3, H, W). Returns images, about in [-1, 1].
-    """
+    """DPM-Solver++(2M) (2211.01095, algorithm 2), then one prediction of x0 at the last time."""
     a = alpha_bar.sqrt().tolist()
     s = (1 - alpha_bar).sqrt().tolist()
     before = None  # (h, x0) of the step before
@@ -339,15 +301,12 @@ def ddim_times(calls):
 
 
 def log_snr_times(alpha_bar, calls, last):
-    """T - 1, then times evenly spaced in lambda, half the log-SNR, down to `last`, as if T - 1 were at -4.
-
-    Below -4 an image is almost pure noise. Fewer than `calls` times where two coincide.
-    """
+    """T - 1, then times evenly spaced in lambda, half the log-SNR, from -4 (almost pure noise) to `last`."""
     lambda_ = (alpha_bar / (1 - alpha_bar)).log() / 2
     grid = torch.linspace(max(lambda_[-1].item(), -4.0), lambda_[last].item(), calls, dtype=torch.float64)
     times = (lambda_[:, None] - grid).abs().argmin(0)
     times[0] = len(alpha_bar) - 1
-    return times.unique().flip(0).tolist()
+    return times.unique().flip(0).tolist()  # fewer than `calls` where two coincide
 
 
 # ---------------- train ----------------
@@ -374,7 +333,7 @@ def train(args, images, labels=None):
     ema.load_state_dict(model.state_dict())
     optim = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     run = Run(args, images, model=model, ema=ema, optim=optim)
-    net = run.parallel(model)
+    net = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
     images = images.to(args.device)
     alpha_bar = make_alpha_bar().to(args.device)
     for step in run:
@@ -390,10 +349,10 @@ def train(args, images, labels=None):
             loss = diffusion_loss(net, x0, alpha_bar, args.gamma)
         optim.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        gradient = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optim.step()
         update_ema(ema, model, step)
-        run.record(loss=loss, gradient=norm)
+        run.record(loss=loss, gradient=gradient)
     return ema.eval()
 
 
@@ -401,10 +360,7 @@ def train(args, images, labels=None):
 
 
 class Noise:
-    """Normal noise of `shape` for each image; every call draws anew, from a generator for each image.
-
-    keys: a tuple of integers for each image; its noise depends on (seed, key) alone.
-    """
+    """Each call draws normal noise of `shape` for each image, which depends on (seed, its key) alone."""
 
     def __init__(self, keys, shape, seed=0, device="cpu"):
         self.generators = [np.random.default_rng([seed, *key]) for key in keys]
@@ -429,26 +385,13 @@ def min_max_uint8(x):
     return (x * 255 + 0.5).clamp(0, 255).to(torch.uint8).cpu()
 
 
-def sampling_times(settings, sampler, calls):
-    """The decreasing times at which `generate` calls the network. Raises ValueError."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"--sampler {sampler}: expected one of {', '.join(SAMPLERS)}")
-    if sampler == "ddpm":
-        return list(range(T))[::-1]
-    if sampler == "ddim":
-        return ddim_times(calls)
-    # the last call removes all noise below LAST, which a small network does better than several calls
-    last = 0 if settings.course else LAST
-    return log_snr_times(make_alpha_bar(), calls, last)
-
-
 @torch.inference_mode()
 def generate(model, settings, noise, keys=None, seed=0, sampler="ddim", calls=50, eta=0.0, bf16=False):
-    """Images uint8 (N, 3, H, W) on the CPU, from normal noise (N, 3, H, W), float32.
+    """Images uint8 (N, 3, H, W) on the CPU, from normal noise (N, 3, H, W), float32. Raises ValueError.
 
     model, settings: of load_model. sampler: ddim, dpm++, ddpm; calls: of the network, for the first two.
-    eta: of ddim. ddpm and eta > 0 add noise, which depends on (seed, key of the image) alone.
-    keys: N tuples (default: (i, 1) for image i). Raises ValueError for noise that does not fit.
+    eta: of ddim; with eta > 0, and in ddpm, noise is added that depends on (seed, key of the image) alone.
+    keys: whole numbers for each image, (i, 1) by default.
     """
     check_noise(noise, settings, "noise")
     x = noise.to(settings.device)
@@ -456,14 +399,16 @@ def generate(model, settings, noise, keys=None, seed=0, sampler="ddim", calls=50
         keys = [(i, 1) for i in range(len(x))]
     added = Noise(keys, x.shape[1:], seed, settings.device)
     alpha_bar = make_alpha_bar()
-    times = sampling_times(settings, sampler, calls)
     predict = predictor(model, alpha_bar, settings.prediction, bf16)
     if sampler == "ddpm":
-        x = ddpm(predict, x, alpha_bar, times, added)
+        x = ddpm(predict, x, alpha_bar, list(range(T))[::-1], added)
     elif sampler == "ddim":
-        x = ddim(predict, x, alpha_bar, times, eta, added, end=alpha_bar[0].item())
+        x = ddim(predict, x, alpha_bar, ddim_times(calls), eta, added, end=alpha_bar[0].item())
+    elif sampler == "dpm++":  # ours ends best at 20: distances 128 128 131 135 of 400 faces at 10 20 30 40
+        last = 0 if settings.course else 20
+        x = dpm_solver(predict, x, alpha_bar, log_snr_times(alpha_bar, calls, last))
     else:
-        x = dpm_solver(predict, x, alpha_bar, times)
+        raise ValueError(f"sampler {sampler}: expected one of {', '.join(SAMPLERS)}")
     return min_max_uint8(x) if settings.course else to_uint8(x)
 
 
@@ -505,27 +450,15 @@ class StartNoise:
 
 
 class Watched:
-    """A network with a bar over its `calls`; after the second it says how long all of them will take."""
+    """A network with a bar over its `calls`, which whoever uses it closes."""
 
     def __init__(self, args, model, calls):
         self.model = model
-        self.calls = calls
-        self.done = 0
         self.bar = progress_bar(args, calls, "network", "call")
 
     def __call__(self, x, t):
-        start = time.perf_counter()
-        out = self.model(x, t)
-        self.done += 1
         self.bar.update()
-        if self.done <= 2:
-            out.sum().item()  # waits for a GPU
-        if self.done == 2:  # the first call is slower
-            seconds = (time.perf_counter() - start) * self.calls
-            print(f"about {seconds:.0f} s for {self.calls} network calls on {x.device}", flush=True)
-        if self.done == self.calls:
-            self.bar.close()
-        return out
+        return self.model(x, t)
 
 
 def use_bf16(args, settings):
@@ -538,20 +471,24 @@ def sampling(args, settings):
     return dict(seed=args.seed, sampler=args.sampler, calls=args.sample_steps, bf16=use_bf16(args, settings))
 
 
-def network_calls(args, settings):
+def network_calls(args):
     """How often the sampler calls the network for one image."""
-    return len(sampling_times(settings, args.sampler, args.sample_steps))
+    return T if args.sampler == "ddpm" else args.sample_steps
 
 
-def describe(args, settings):
+def describe(args):
     """The sampler and its number of network calls, for titles."""
-    guided = f", guidance {args.guidance}" if args.guide else ""
-    return f"{args.sampler}, {network_calls(args, settings)} steps{guided}"
+    guided = f", autoguidance {args.autoguidance}" if args.guide else ""
+    return f"{args.sampler}, {network_calls(args)} steps{guided}"
 
 
 def batches(args, numbers, shape):
-    """`numbers` in groups of --batch-size, or of as many images as have the pixels of five 256x256 ones."""
-    size = args.batch_size or max(1, 5 * 256**2 // math.prod(shape[-2:]))
+    """`numbers` in groups of --batch-size, or of as many images as have the pixels of one of 256x256.
+
+    Larger groups are slower on CPUs; a GPU gets five times as many.
+    """
+    pixels = 256**2 if args.device.type == "cpu" else 5 * 256**2
+    size = args.batch_size or max(1, pixels // math.prod(shape[-2:]))
     return [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
 
@@ -564,24 +501,32 @@ def sample(args):
     start = time.perf_counter()
     mine = range(args.rank, len(noise.names), args.world)
     groups = batches(args, mine, noise.shape)
-    network = Watched(args, model, len(groups) * network_calls(args, settings))
+    network = Watched(args, model, len(groups) * network_calls(args))
     options = dict(sampling(args, settings), eta=args.eta[0])
     for group in groups:
         keys = [(i, 1) for i in group]
         images = generate(network, settings, noise(group), keys, **options)
         for i, image in zip(group, images):
             write_png(out / f"{noise.names[i]}.png", image)
+    network.bar.close()
     seconds = time.perf_counter() - start
-    print(f"{len(mine)} images in {out}: {seconds:.1f} s, {describe(args, settings)}")
+    print(f"{len(mine)} images in {out}: {seconds:.1f} s, {describe(args)}")
 
 
 def write_noise(args):
-    """Writes ten noises 00.pt ... 09.pt of shape (1, 3, --size, --size) into --out."""
+    """Writes 00.pt ... 09.pt, noises (1, 3, --size, --size), into --out; equal ones that it holds stay."""
+
+    def noise(i):
+        return Noise([(i,)], (3, args.size, args.size), args.seed)()
+
     paths = [Path(args.out) / f"{i:02d}.pt" for i in range(10)]
-    if any(path.exists() for path in paths):
-        raise ValueError(f"--out {args.out}: holds noises already; give another folder")
-    for i, path in enumerate(paths):
-        write_tensor(path, Noise([(i,)], (3, args.size, args.size), args.seed)())
+    there = [i for i in range(10) if paths[i].exists()]
+    for i in there:
+        if not torch.equal(read_noise(paths[i], args), noise(i)):
+            raise ValueError(f"--out {args.out}: holds another {paths[i].name}; give another folder")
+    for i in range(10):
+        if i not in there:
+            write_tensor(paths[i], noise(i))
 
 
 @torch.inference_mode()
@@ -623,8 +568,9 @@ def invert(args):
         for i, noise, image in zip(group, noises.cpu(), back):
             write_tensor(out / f"{names[i]}.pt", noise[None])
             write_png(out / f"{names[i]}.png", image)
+    network.bar.close()
     quality = f"PSNR of the reconstruction {np.mean(psnr):.2f} dB, worst {min(psnr):.2f}"
-    how = f"{describe(args, settings)}, {args.iterations} iterations"
+    how = f"{describe(args)}, {args.iterations} iterations"
     print(f"{len(images)} images in {out}: {quality}, {how}")
     if args.input is None:
         rows = ["face", "its noise", "back"]
@@ -691,7 +637,7 @@ def figure(args, name, model, settings, noise, rows, columns, title="", scale=1.
 
     path = Path(args.out) / name
     trial = path.with_name(f".trial-{name}")
-    title = f"{title}{describe(args, settings)}"
+    title = f"{title}{describe(args)}"
     empty = torch.zeros(len(rows), len(columns), 3, 8, 8, dtype=torch.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:  # what can fail fails now, not when the images are computed
@@ -699,14 +645,15 @@ def figure(args, name, model, settings, noise, rows, columns, title="", scale=1.
     finally:
         trial.unlink(missing_ok=True)
     groups = batches(args, range(len(noise)), noise.shape)
-    watched = Watched(args, model, len(args.eta) * len(groups) * network_calls(args, settings))
+    network = Watched(args, model, len(args.eta) * len(groups) * network_calls(args))
     options = sampling(args, settings)
     images = []
     for row, eta in enumerate(args.eta):
         draw = 1 + args.eta[:row].count(eta)
         for group in groups:
             keys = [(i, draw) for i in group]
-            images.append(generate(watched, settings, noise[group], keys, eta=eta, **options))
+            images.append(generate(network, settings, noise[group], keys, eta=eta, **options))
+    network.bar.close()
     images = torch.cat(images).view(len(rows), len(columns), *noise.shape[1:])
     save_grid(path, images, rows, columns, title, scale)
 
@@ -749,14 +696,12 @@ def interpolate(args):
 
 
 def grid(args):
-    """Writes first.png (32 images), training.png and network.txt into --out."""
+    """Writes first.png (32 images) and training.png into --out."""
     from common import save_curves
 
     model, settings = load_guided(args)
     noise = StartNoise(args, settings, 32)
     out = Path(args.out)
-    parameters = sum(p.numel() for p in model.parameters())
-    write_text(out / "network.txt", f"{parameters:,} parameters\n{model}\n")
     log = log_path(args.ckpt)
     if log.is_file():
         save_curves(out / "training.png", log, ["loss"], "training loss")
@@ -766,9 +711,11 @@ def grid(args):
 
 # ---------------- the reports ----------------
 
-# Report 2023 samples with the course's network, `UNet()`, whose weights UNet.pt come from the course.
-REPORTS = {"2023": {"sampler": "ddim", "sample_steps": 50}}
-REPORT_ETA = {"2023": [i / 10 for i in range(10)]}  # rows of its eta grid; another has 0.5 twice
+# The reports sample with the course's network `UNet()`, whose weights are the course's UNet.pt.
+# load_model gives its settings, or adds OWN to those of a checkpoint of this script.
+COURSE = {"prediction": "eps", "course": True, "size": 256}
+COURSE.update(channels=[128, 128, 256, 256, 512, 512], blocks=2, attention=[16], dropout=0.0)
+OWN = {"prediction": "v", "course": False}
 
 
 # ---------------- service: files, checkpoints, command line ----------------
@@ -777,10 +724,6 @@ NAME = "p3_ddim"
 # settings that a checkpoint keeps; --resume refuses others
 NETWORK = ("channels", "blocks", "attention", "dropout")
 TRAINING = ("batch_size", "lr", "gamma", "seed")
-# what load_model adds to the settings of a checkpoint of this script, and those of the course's network
-OWN = {"prediction": "v", "course": False}
-COURSE = {"prediction": "eps", "course": True, "size": 256}
-COURSE.update(channels=[128, 128, 256, 256, 512, 512], blocks=2, attention=[16], dropout=0.0)
 
 
 def check_size(sides, settings, what):
@@ -960,7 +903,7 @@ def load_guided(args):
         raise ValueError(
             f"--guide {args.guide}: found {found}; expected {expected}, as of --ckpt {args.ckpt}"
         )
-    return Guided(model, guide, args.guidance), settings
+    return Guided(model, guide, args.autoguidance), settings
 
 
 def progress_bar(args, total, what, unit, initial=0):
@@ -1280,7 +1223,7 @@ def add_options(p):
     text = "another checkpoint, trained less or smaller, whose mistakes the sampler avoids (2406.02507)"
     add(g, "--guide", None, text, "none", metavar="FILE")
     text = "with --guide: 1 is the network alone, more leads further from the guide"
-    add(g, "--guidance", 1.4, text, type=number(float, 0))
+    add(g, "--autoguidance", 1.4, text, type=number(float, 0))
     add(g, "--iterations", 3, "invert: network calls per step; 1: the usual inversion", type=positive)
 
 
@@ -1328,8 +1271,6 @@ def parse_args(argv=None):
     first.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes of training")
     text = "DDIM, DPM-Solver++(2M), or DDPM over all 1000 steps"
     add(first, "--sampler", "ddim", text, choices=SAMPLERS)
-    text = "preset: sampler and eta grid of a report; only 2023 has this problem"
-    add(first, "--report", None, text, "ours", choices=tuple(REPORTS))
     preset, _ = first.parse_known_args(argv)
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False, parents=[first])
@@ -1340,12 +1281,6 @@ def parse_args(argv=None):
         p.set_defaults(**FAST)
     if preset.sampler == "dpm++":
         p.set_defaults(sample_steps=10)
-    if preset.report:
-        if preset.mode == "train":
-            fail(f"--report {preset.report}: it trains nothing; it samples with the course's --ckpt UNet.pt")
-        p.set_defaults(**REPORTS[preset.report])
-        if preset.mode == "eta-grid":
-            p.set_defaults(eta=REPORT_ETA[preset.report])
     args = p.parse_args(argv)
     args.command = shlex.join(["python", f"{NAME}.py", *argv])
 
