@@ -18,6 +18,9 @@ seeds); 103 minutes on one core of an AMD EPYC. The weights that come with it ha
 # SPDX-License-Identifier: MIT
 import argparse
 import contextlib
+import fcntl
+import functools
+import hashlib
 import json
 import math
 import os
@@ -27,6 +30,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -196,7 +200,7 @@ def diffusion_loss(model, x0, y, alpha_bar, prediction, gamma, t_sampling="strat
     a = alpha_bar[t].sqrt().float().view(-1, 1, 1, 1)
     s = (1 - alpha_bar[t]).sqrt().float().view(-1, 1, 1, 1)
     eps = torch.randn_like(x0)  # the noisy image is x_t = a x0 + s eps
-    out = model(a * x0 + s * eps, t, y).float()
+    out = model(a * x0 + s * eps, t, y)
     target = eps if prediction == "eps" else a * eps - s * x0  # v, 2202.00512
     error = (out - target).square().mean((1, 2, 3))
     if gamma == 0:
@@ -324,7 +328,9 @@ def train(args, images, labels):
     ema = build(args)
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
     optim = kind(model.parameters(), args.lr, args.betas, weight_decay=args.weight_decay, fused=True)
-    run = Run(args, images, model=model, ema=ema, optim=optim)
+    steps = args.steps or args.epochs * math.ceil(len(images) / args.batch_size)
+    parts = dict(model=model, ema=ema, optim=optim)
+    run = Run(args, steps, settings_of(args, images, steps), (images, labels), parts)
     net = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
     images = images.to(args.device)
     labels = labels.to(args.device)
@@ -334,7 +340,7 @@ def train(args, images, labels):
         x0 = images[i].float() / 127.5 - 1
         dropped = torch.rand(len(i), device=args.device) < args.label_dropout
         y = labels[i].masked_fill(dropped, NULL)
-        optim.param_groups[0]["lr"] = learning_rate(args, step, run.steps)
+        optim.param_groups[0]["lr"] = learning_rate(args, step, steps)
 
         # minimise the squared error of the predicted v (or eps)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
@@ -404,19 +410,49 @@ def generate(
 SAMPLERS = ("dpm++", "ddim", "ddpm")
 
 
+def load_model(path, device="cpu", option="--ckpt"):
+    """(EMA network in eval mode, its settings) of a checkpoint, or of weights in .weights/.
+
+    Raises ValueError or OSError, naming the `option` of the command line, for other files.
+    """
+    return load_network(load_checkpoint(path, option), path, device, option)
+
+
+def load_guided(args):
+    """load_model of --ckpt, and with --guide the two as one network. Says which weights they are."""
+    model, settings = load_model(args.ckpt, args.device)
+    if args.rank == 0:
+        print(f"weights: {args.ckpt}, {settings.trained}")
+    if args.guide is None:
+        return model, settings
+    guide, other = load_model(args.guide, args.device, "--guide")
+    found, expected = [
+        f"size {s.size}, T {s.T}, schedule {s.schedule} to {s.beta_end}, prediction {s.prediction}, "
+        f"null class {s.label_dropout > 0}"
+        for s in (other, settings)
+    ]
+    if found != expected:
+        raise ValueError(f"--guide {args.guide}: found {found}; expected {expected}, as of {args.ckpt}")
+    return Guided(model, guide, args.autoguidance), settings
+
+
 def check_request(settings, digits, numbers, seed, sampler, calls, guidance):
     """(digits, numbers, seed) as whole numbers; raises ValueError for what `generate` cannot do."""
-    numbers = list(range(1, len(digits) + 1) if numbers is None else numbers)
-    wrong = set(map(int, digits)) - set(range(DIGITS))
-    if wrong:
-        raise ValueError(f"digits: found {sorted(wrong)}, expected integers in 0 to {DIGITS - 1}")
+    digits = whole_numbers(digits, "digits", 0, DIGITS - 1)
+    if numbers is None:
+        numbers = range(1, len(digits) + 1)
+    numbers = whole_numbers(numbers, "numbers")
+    (seed,) = whole_numbers([seed], "--seed")
+    if len(numbers) != len(digits) or not digits:
+        found = f"{len(digits)} digits and {len(numbers)} numbers"
+        raise ValueError(f"digits, numbers: found {found}, expected equally many, at least one")
     if sampler not in SAMPLERS:
         raise ValueError(f"--sampler {sampler}: expected one of {', '.join(SAMPLERS)}")
-    if sampler != "ddpm" and calls > settings.T:
-        raise ValueError(f"--sample-steps {calls}: expected at most the network's T = {settings.T} steps")
+    if sampler != "ddpm":  # which has as many as the network has steps
+        whole_numbers([calls], "--sample-steps (calls), at most the network's T", 1, settings.T)
     if guidance > 0 and settings.label_dropout == 0:
         raise ValueError(f"--guidance {guidance}: this network has no null class; use --guidance 0")
-    return list(digits), numbers, seed
+    return digits, numbers, seed
 
 
 def sampling(args):
@@ -913,14 +949,25 @@ REPORT_RATES = {  # progress in [0, 1) -> factor of the rate
 }
 
 
-# ---------------- service: files, checkpoints, command line ----------------
+# ---------------- command line ----------------
 
 NAME = "p2_diffusion"
-# settings that a checkpoint keeps; --resume refuses others
-NETWORK = ("arch", "channels", "blocks", "patch", "dropout", "width")
+ADVICE = f"make one with: python {NAME}.py --mode train --data DIR --ckpt FILE, and the same --report"
+SHARED = ("train", "sample")  # the modes that torchrun's processes share
+# settings that a checkpoint keeps: --resume refuses others
+NETWORK = ("arch", "channels", "blocks", "patch", "dropout", "width", "size")
 NETWORK += ("T", "schedule", "beta_end", "prediction", "label_dropout")
 TRAINING = ("batch_size", "lr", "lr_schedule", "optimizer", "betas", "weight_decay", "clip", "ema")
 TRAINING += ("gamma", "t_sampling", "seed")
+
+
+def settings_of(args, images, steps):
+    """What a checkpoint keeps of a training; `steps` where the rate ends with the run."""
+    settings = {name: getattr(args, name) for name in NETWORK + TRAINING if name != "size"}
+    settings["size"] = images.shape[-1]
+    if args.lr_schedule in ("linear", "cosine"):
+        settings["steps"] = steps
+    return settings
 
 
 def check_training_set(args, images, labels):
@@ -929,34 +976,222 @@ def check_training_set(args, images, labels):
     """
     n, *shape = images.shape
     if images.dtype != torch.uint8 or images.ndim != 4 or shape[0] != 3 or shape[1] != shape[2] or not n:
-        found = f"{images.dtype} {tuple(images.shape)}"
-        raise ValueError(f"images: found {found}, expected uint8 (N, 3, H, H)")
+        raise ValueError(f"images: found {images.dtype} {tuple(images.shape)}, expected uint8 (N, 3, H, H)")
     factor = args.patch * 2 ** (len(args.channels) - 1) if args.arch == "unet" else SIZE
     if shape[1] % factor or shape[1] == 0:
-        found = f"{shape[1]}x{shape[2]}"
         expected = f"multiples of {factor}, for the network of --arch, --channels and --patch"
-        raise ValueError(f"images: found {found}, expected {expected}")
+        raise ValueError(f"images: found {shape[1]}x{shape[2]}, expected {expected}")
     if labels.dtype != torch.int64 or labels.shape != (n,) or labels.min() < 0 or labels.max() >= DIGITS:
         found = f"{labels.dtype} {tuple(labels.shape)}"
         raise ValueError(f"labels: found {found}, expected int64 ({n},) in 0 to {DIGITS - 1}")
 
 
+def presets(args):
+    """The defaults of this --mode, --report, --guide and --fast that are not those of add_options."""
+    defaults = {"clamp": True, "variance": "posterior"}
+    if args.report:
+        defaults |= EVERY_REPORT | REPORTS[args.report]
+    if args.fast:
+        defaults |= {"steps": 1600, "batch_size": 32, "epochs": None}
+    if args.guide:
+        defaults |= {"guidance": 1.0, "sample_steps": 10, "last_time": 0.02}
+    modes = {
+        "sample": {"out": "samples", "batch_size": 100},
+        "grid": {"out": "p2_figures", "num": 10},
+    }
+    name = f"{NAME}_{args.report}" if args.report else NAME
+    return defaults | modes.get(args.mode, {}) | {"ckpt": find_ckpt(name, args.mode)}
+
+
+def add_options(p):
+    """The options of this script, with our defaults."""
+    positive = number(int, 1)
+    zero_up = number(float, 0)
+    share = number(float, 0, 1)
+    add(
+        p, "--report", tuple(REPORTS), None, "preset: network, training and sampler of a report (see REPORTS)"
+    )
+    add(p, "--ckpt", str, None, "checkpoint to write or read, its log.csv beside it", metavar="FILE")
+    add(p, "--input", str, "samples", "eval: folder of images", metavar="DIR")
+    text = "eval, grid: weights in the course's format; None: ours, or trained on --data"
+    add(p, "--classifier", str, None, text, metavar="FILE")
+    add(p, "--num", positive, 100, "images of each digit; grid: of each guidance weight")
+
+    g = p.add_argument_group("training")
+    add(
+        g, "--steps", positive, 10000, "in all; with --resume more prolong the run, unless the rate ends at 0"
+    )
+    add(g, "--epochs", positive, None, "passes over the images, instead of --steps")
+    add(g, "--batch-size", positive, 64, "images per step; sample: images at a time")
+    add(g, "--optimizer", ("adamw", "adam"), "adamw", "AdamW or Adam")
+    add(g, "--lr", zero_up, 1e-3, "peak learning rate")
+    add(g, "--betas", share, [0.9, 0.99], "of the optimiser", nargs=2, metavar="B")
+    add(g, "--weight-decay", zero_up, 0.0, "of the optimiser")
+    schedules = ("sqrt", "constant", "linear", "cosine")
+    add(g, "--lr-schedule", schedules, "sqrt", "how the rate falls; linear and cosine end at 0")
+    add(g, "--clip", float, 1.0, "largest norm of the gradient, or inf")
+    text = "longest average of the weights: decay of an exponential one; 1: the last tenth; 0: none"
+    add(g, "--ema", share, 1.0, text)
+    add(g, "--label-dropout", share, 0.1, "share of labels replaced by the null class")
+    add(g, "--gamma", zero_up, 5.0, "min-SNR weighting; 0: none")
+    add(g, "--prediction", ("v", "eps"), "v", "what the network predicts")
+    add(g, "--schedule", ("cosine", "linear"), "cosine", "noise schedule")
+    add(g, "--beta-end", number(float, 1e-4, 0.999), 0.02, "last beta of the linear schedule")
+    add(g, "--T", number(int, 2), 400, "number of diffusion steps")
+    text = "diffusion steps of a batch: evenly spread, or each drawn for itself"
+    add(g, "--t-sampling", ("stratified", "uniform"), "stratified", text)
+
+    g = p.add_argument_group("network of train (elsewhere the checkpoint says it)")
+    add(g, "--arch", ("unet", *REPORT_NETWORKS), "unet", "unet, or a report's; context is 2023's")
+    text = "unet: width at each resolution, multiples of 32"
+    add(g, "--channels", number(int, 32), [64, 128], text, nargs="+", metavar="C")
+    add(g, "--blocks", positive, 1, "unet: residual blocks per resolution")
+    add(g, "--patch", (1, 2, 4), 2, "unet: pixels folded into channels at the entrance", type=int)
+    add(g, "--dropout", share, 0.0, "unet, 2022b: in the residual blocks")
+    add(g, "--width", number(int, 8), 216, "context: number of features, a multiple of 8")
+
+    g = p.add_argument_group("sampling")
+    add(g, "--sampler", SAMPLERS, "dpm++", "DPM-Solver++(2M), DDIM, or DDPM over all T steps")
+    add(g, "--sample-steps", positive, CALLS, "network calls of dpm++ and ddim")
+    add(g, "--eta", share, 0.0, "ddim: 0 deterministic, 1 as noisy as ddpm")
+    add(g, "--guidance", zero_up, GUIDANCE, "w of (1 + w) out(x, y) - w out(x, null); 0: none")
+    text = "the part of the time t / T in which there is guidance"
+    add(g, "--guidance-interval", share, INTERVAL, text, nargs=2, metavar="SHARE")
+    add(g, "--last-time", number(float, 0, 0.9), LAST, "dpm++: the time t / T of its last call")
+    text = "a checkpoint, trained less or smaller, whose mistakes the sampler avoids (2406.02507)"
+    add(g, "--guide", str, None, text, metavar="FILE")
+    text = "with --guide: 1 is the network alone, more leads further from the guide"
+    add(g, "--autoguidance", zero_up, 1.4, text)
+    text = "grid: after which sampler steps the reverse process is shown; None: six, evenly"
+    add(g, "--states", number(int, 0), None, text, nargs="+", metavar="STEP")
+
+
+def check_options(args):
+    """Raises ValueError for options that have no use, or contradict each other."""
+    mode = args.mode
+    training = (
+        "steps epochs fast resume optimizer lr betas weight-decay lr-schedule clip ema label-dropout gamma "
+    )
+    training += "prediction schedule beta-end T t-sampling arch channels blocks patch dropout width"
+    sampling = "num sampler sample-steps eta guidance guidance-interval last-time guide autoguidance"
+    uses = [
+        (mode == "train", "--mode train", training),
+        (mode in ("sample", "grid"), "--mode sample or grid", sampling),
+        (mode in ("train", "sample"), "--mode train or sample", "batch-size"),
+        (mode in ("train", "eval", "grid"), "--mode train, eval or grid", "data"),
+        (mode in ("train", "sample", "grid"), "--mode train, sample or grid", "seed precision report"),
+        (mode in ("eval", "grid"), "--mode eval or grid", "classifier"),
+        (mode == "eval", "--mode eval", "input"),
+        (mode == "grid", "--mode grid", "states"),
+        (mode != "train", "another --mode", "out"),
+        (args.sampler == "dpm++", "--sampler dpm++", "last-time"),
+        (args.sampler == "ddim", "--sampler ddim", "eta"),
+        (args.sampler != "ddpm", "--sampler dpm++ or ddim", "sample-steps"),
+        (args.guidance > 0, "--guidance above 0", "guidance-interval"),
+        (args.guide, "--guide", "autoguidance"),
+        (args.schedule == "linear", "--schedule linear", "beta-end"),
+        (args.arch == "unet", "--arch unet", "channels blocks patch"),
+        (args.arch in ("unet", "2022b"), "--arch unet or 2022b", "dropout"),
+        (args.arch == "context", "--arch context", "width"),
+        (not args.report, "no --report", "arch"),
+    ]
+    refuse_unused(args, uses)
+    low, high = args.guidance_interval
+    contradictions = [
+        ({"epochs", "steps"} <= args.given, "--epochs and --steps: expected one of them"),
+        (args.arch == "2022a" and args.label_dropout > 0, "--label-dropout: 2022a has no null class; use 0"),
+        (any(c % 32 for c in args.channels), f"--channels {args.channels}: expected multiples of 32"),
+        (args.width % 8 > 0, f"--width {args.width}: expected a multiple of 8"),
+        (not args.clip > 0, f"--clip {args.clip}: expected a number above 0, or inf"),
+        (low > high, f"--guidance-interval {low} {high}: expected the smaller number first"),
+    ]
+    for wrong, message in contradictions:
+        if wrong:
+            fail(message)
+
+
+def parse_args(argv=None):
+    """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
+    p = new_parser()
+    add_options(p)
+    args = parse(p, argv, presets)
+    check_options(args)
+    if "epochs" in args.given:
+        args.steps = None
+    return args
+
+
+def train_digits(args):
+    """--mode train: trains on MNIST-M of --data, or on the built-in digits."""
+    from common import load_digits
+
+    train(args, *load_digits(args.data, "mnistm", "train"))
+
+
+MODES = {"train": train_digits, "sample": sample, "eval": evaluate, "grid": grid}
+
+
+# ---------------- service: the same text in p1 to p4 ----------------
+# Files, checkpoints, Run, devices, options, main. NAME, NETWORK, ADVICE, SHARED, MODES stand above.
+
+HERE = Path(globals().get("__file__", "a notebook")).resolve().parent
+
+
+class Screen:
+    """Standard output or error, whatever it is, None too: what cannot be shown costs no work."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (AttributeError, ValueError):  # there is none, or it is closed
+            pass
+        except OSError:  # its reader is gone; else Python fails on what is left when it ends
+            with contextlib.suppress(AttributeError, OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self):
+        """`write` has done it."""
+
+
+def whole_numbers(values, what, low=0, high=2**32 - 1):
+    """A list of ints out of a list, array or tensor of whole numbers; ValueError for anything else.
+
+    numpy's generators take a number from 2**32 on for several smaller ones.
+    """
+    values = np.ravel(values.tolist() if isinstance(values, torch.Tensor) else values).tolist()
+    wrong = [value for value in values if type(value) is not int or not low <= value <= high]
+    if wrong:
+        raise ValueError(f"{what}: found {wrong[0]!r:.60}, expected whole numbers in {low} to {high}")
+    return values
+
+
 def write_whole(path, write):
-    """Writes a file whole or not at all: write(file) fills a temporary file, which is then renamed."""
+    """Writes a file whole or not at all: write(file) fills a temporary file of this process, then renamed."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
     if path.exists() and not path.is_file():
         raise OSError(f"{path}: is a folder or a device; expected the name of a file")
+    target = path.resolve()  # a symbolic link stays one
+    temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
         raise OSError(f"{path}: cannot be written ({reason})") from e
+    finally:  # after Ctrl-C too
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path, text):
@@ -973,7 +1208,7 @@ def write_png(path, image):
 def prepare_folder(args, out, names):
     """Makes the folder `out`; warns of entries that are none of `names`, for graders read them all."""
     out.mkdir(parents=True, exist_ok=True)
-    others = sorted(set(os.listdir(out)) - set(names) - {f"{name}.tmp" for name in names})
+    others = sorted(name for name in set(os.listdir(out)) - set(names) if not name.startswith("."))
     if others and args.rank == 0:
         some = ", ".join(others[:20])
         message = f"{out} holds {len(others)} other entries ({some}); graders read every file"
@@ -985,76 +1220,67 @@ def log_path(ckpt):
     return Path(f"{str(ckpt).removesuffix('.pt')}.log.csv")
 
 
-def load_checkpoint(path):
-    """The dict of a checkpoint of this script, read without running code from it."""
-    if not Path(path).is_file():
-        options = f"--data DIR --ckpt {path} and the same --report"
-        advice = f"make one with: python {NAME}.py --mode train {options}"
-        raise FileNotFoundError(f"--ckpt {path}: no such file; {advice}")
+def find_ckpt(name, mode):
+    """checkpoints/NAME.pt for training or where it is, else the weights that come with this script."""
+    here = Path("checkpoints") / f"{name}.pt"
+    for path in (here, HERE / ".weights" / here.name, HERE / here.name):
+        if mode == "train" or path.is_file():
+            return str(path)
+    return str(here)
+
+
+def load_file(path, option="--ckpt"):
+    """What torch.load finds, on the CPU; no code of the file runs. `option` names the file in messages."""
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sparse tensors, which are refused
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{option} {path}: no such file; {ADVICE}") from None
     except Exception as e:  # torch.load raises many types for damaged or hostile files
-        raise ValueError(f"--ckpt {path}: not a readable checkpoint ({type(e).__name__})") from e
+        raise ValueError(f"{option} {path}: not readable ({type(e).__name__})") from e
+
+
+def load_checkpoint(path, option="--ckpt"):
+    """The dict of a checkpoint of this script. Raises FileNotFoundError or ValueError."""
+    ckpt = load_file(path, option)
     found = ckpt.get("script", list(ckpt)[:3]) if isinstance(ckpt, dict) else type(ckpt).__name__
-    known = found == NAME and isinstance(ckpt.get("args"), dict) and isinstance(ckpt.get("ema"), dict)
-    if known:
-        ckpt["args"].setdefault("beta_end", 0.02)  # files from before it was an option
-    if not known or {"size", *NETWORK} - ckpt["args"].keys():
-        raise ValueError(f"--ckpt {path}: found {found}, expected a checkpoint of this {NAME}.py")
+    if found != NAME:
+        raise ValueError(f"{option} {path}: found {found}, expected a checkpoint of {NAME}.py")
+    kinds = {"args": dict, "ema": dict, "step": int, "seconds": (int, float), "command": str}
+    lacking = [key for key, kind in kinds.items() if not isinstance(ckpt.get(key), kind)]
+    lacking = lacking or [key for key in NETWORK if key not in ckpt["args"]]
+    if lacking:
+        raise ValueError(f"{option} {path}: lacks {', '.join(lacking)}; damaged, or of another version")
     return ckpt
 
 
-def load_weights(net, state, path):
+def load_network(ckpt, path, device="cpu", option="--ckpt"):
+    """(averaged network in eval mode, settings) of a checkpoint's dict. Raises ValueError."""
+    settings = argparse.Namespace(**{**ckpt["args"], "device": torch.device(device)})
+    try:
+        nets = build(settings)
+    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"{option} {path}: its settings describe no network ({e})") from e
+    net = nets[0] if isinstance(nets, tuple) else nets
+    load_weights(net, ckpt["ema"], path, option)
+    settings.trained = f"step {ckpt.get('step')} of {ckpt.get('steps', 'a finished training')}"
+    return net.eval(), settings
+
+
+def load_weights(net, state, path, option="--ckpt"):
     """Fills `net` from a state dict; names of DistributedDataParallel and torch.compile are understood.
 
     Raises ValueError where names or shapes differ, or a weight is sparse or not finite.
     """
-    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value for name, value in state.items()}
-    found = {name: tuple(getattr(value, "shape", [])) for name, value in weights.items()}
-    wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-    differ = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
-    if differ:
-        first = f"{differ[0]} is {found.get(differ[0])}, expected {wanted.get(differ[0])}"
-        raise ValueError(f"--ckpt {path}: {len(differ)} weights are not this network's; {first}")
-    sparse = [name for name, value in weights.items() if value.layout != torch.strided]
-    broken = sparse or [name for name, value in weights.items() if not torch.isfinite(value).all()]
-    if broken:
-        message = f"{len(broken)} weights are sparse or not finite, for instance {broken[0]}"
-        raise ValueError(f"--ckpt {path}: {message}")
-    net.load_state_dict(weights)
-
-
-def load_model(path, device="cpu"):
-    """(EMA network in eval mode, its settings) of a checkpoint, or of weights in .weights/.
-
-    Raises ValueError or OSError where the file is none of this script's.
-    """
-    ckpt = load_checkpoint(path)
-    settings = argparse.Namespace(**ckpt["args"], device=torch.device(device))
-    model = build(settings)
-    load_weights(model, ckpt["ema"], path)
-    return model.eval(), settings
-
-
-def load_guided(args):
-    """load_model of --ckpt, and with --guide the two as one network."""
-    model, settings = load_model(args.ckpt, args.device)
-    if args.guide is None:
-        return model, settings
     try:
-        guide, other = load_model(args.guide, args.device)
-    except (ValueError, OSError) as e:
-        raise ValueError(str(e).replace("--ckpt", "--guide", 1)) from None
-    found, expected = [
-        f"size {s.size}, T {s.T}, schedule {s.schedule} to {s.beta_end}, prediction {s.prediction}, "
-        f"null class {s.label_dropout > 0}"
-        for s in (other, settings)
-    ]
-    if found != expected:
-        raise ValueError(
-            f"--guide {args.guide}: found {found}; expected {expected}, as of --ckpt {args.ckpt}"
-        )
-    return Guided(model, guide, args.autoguidance), settings
+        net.load_state_dict({re.sub(r"^((module|_orig_mod)\.)+", "", name): w for name, w in state.items()})
+    except (TypeError, AttributeError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise ValueError(f"{option} {path}: found {len(state)} weights, not this network's ({reason})") from e
+    broken = [name for name, value in net.state_dict().items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"{option} {path}: {len(broken)} weights are not finite, first {broken[0]}")
 
 
 def progress_bar(args, total, what, unit, initial=0):
@@ -1066,214 +1292,196 @@ def progress_bar(args, total, what, unit, initial=0):
     if tqdm is None or args.rank > 0:
         nothing = lambda *_, **__: None
         return argparse.Namespace(update=nothing, set_postfix=nothing, close=nothing)
-    interval = 1 if sys.stderr.isatty() else 60
-    return tqdm(total=total, desc=what, unit=unit, initial=initial, mininterval=interval)
+    terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+    options = dict(initial=initial, file=Screen(sys.stderr), mininterval=1 if terminal else 60)
+    return tqdm(total=total, desc=what, unit=unit, **options)
 
 
 class Run:
-    """What surrounds a training loop: --resume, progress bar, log, checkpoints, Ctrl-C, torchrun.
+    """What surrounds a training loop: --resume, progress bar, log, checkpoints, signals, torchrun.
 
-    `for step in run` counts from 1, or from where the checkpoint stopped, to self.steps.
-    parts: the networks and the optimiser, all that a checkpoint holds of them.
+    `for step in run` counts from 1, or from where the checkpoint stopped, to `steps`.
+    settings: what --resume must find unchanged; `steps` is among them where a step depends on it.
+    data: the tensors of the training set. parts: the networks and optimisers that a checkpoint holds.
+    before_save(): makes the averaged network ready.
     """
 
-    def __init__(self, args, images, **parts):
+    def __init__(self, args, steps, settings, data, parts, before_save=lambda: None):
         self.args = args
+        self.steps = steps
+        self.settings = settings
+        self.images = len(data[0])
+        self.data = [hashlib.sha256(x.cpu().contiguous().numpy()).hexdigest() for x in data]
         self.parts = parts
-        self.settings = {key: getattr(args, key) for key in NETWORK + TRAINING}
-        self.settings["size"] = images.shape[-1]
-        self.images = [len(images), images.sum().item()]  # --resume asks for the same
-        self.steps = args.steps or args.epochs * math.ceil(len(images) / args.batch_size)
-        if args.lr_schedule in ("linear", "cosine"):  # they end with the run
-            self.settings["steps"] = self.steps
+        self.before_save = before_save
         self.step = 0
         self.seconds = 0.0
         self.log = []
-        self.totals = {}
-        self.count = 0
+        self.totals = {}  # of each loss since the last row of the log: sum, count
         self.signalled = False
         if args.batch_size % args.world:
             raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {args.world} processes")
         if args.resume:
             self.resume()
-        elif args.rank == 0:  # a folder that cannot be written shows now, not after hours
-            if Path(args.ckpt).exists():
-                raise ValueError(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
-            write_whole(args.ckpt, lambda file: None)
-            os.remove(args.ckpt)
+        elif Path(args.ckpt).exists():
+            raise ValueError(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
         if args.world > 1 and args.device.type == "cuda":
             torch.cuda.set_device(args.device)
-            dist.init_process_group("nccl")
-        elif args.world > 1:
-            dist.init_process_group("gloo")
+        if args.world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
         if args.rank > 0:  # every process draws images and noise of its own
             rng = np.random.default_rng([args.seed, self.step, args.rank])
             torch.manual_seed(int(rng.integers(2**62)))
 
     def __iter__(self):
         args = self.args
+        lock = self.lock()
         handlers = {}
         if threading.current_thread() is threading.main_thread():
-            for name in (signal.SIGINT, signal.SIGTERM):
-                handlers[name] = signal.signal(name, self.on_signal)
-        self.say(f"{self.images[0]:,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}")
-        self.bar = progress_bar(args, self.steps, "train", "step", initial=self.step)
-        every = min(100, max(10, self.steps // 20))  # steps between rows of the log
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                    handlers[number] = signal.signal(number, self.on_signal)
+        self.say(f"{args.ckpt}: {self.images:,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}")
+        bar = progress_bar(args, self.steps, "train", "step", initial=self.step)
         start = time.perf_counter() - self.seconds
-        saved = self.row_seconds = self.seconds
+        saved = self.seconds
         stopped = False
         try:
             while self.step < self.steps and not stopped:
                 self.step += 1
                 yield self.step
                 self.seconds = time.perf_counter() - start
-                self.bar.update()
                 stopped = self.agree_to_stop()
-                due = self.seconds - saved > 120
-                if due or self.step % every == 0:
-                    self.add_row()
-                if due:
+                if self.step % (10 if self.step <= 1000 else 100) == 0:
+                    self.log.append(self.row())
+                    self.totals = {}
+                last = stopped or self.step == self.steps
+                if last or self.seconds - saved > 120:
+                    self.save(again=not last)
                     saved = self.seconds
-                    self.save(again=True)
-            self.add_row()
-            self.save()
+                bar.update()  # the screen comes last: it may be gone
+                bar.set_postfix(self.log[-1] if self.log else {}, refresh=False)
             if args.world > 1:  # after an error it would wait for the other processes
                 dist.destroy_process_group()
         finally:
-            self.bar.close()
-            for name, handler in handlers.items():
-                signal.signal(name, handler)
+            bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if lock:
+                os.remove(lock.name)
+                lock.close()
         self.say(f"{args.ckpt}: step {self.step}, {self.seconds:.0f} s of training")
         if self.step < self.steps:
             raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
+
+    def lock(self):
+        """Refuses a second training on this checkpoint; the lock ends with the process, however it ends."""
+        if self.args.rank > 0:
+            return None
+        path = Path(f"{self.args.ckpt}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 (a folder that cannot be written shows now, not after hours)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--ckpt {self.args.ckpt}: another training writes it; give another") from None
+        except OSError:  # a file system without locks
+            pass
+        return file
 
     def on_signal(self, *_):
         self.signalled = True
 
     def agree_to_stop(self):
-        """True after a signal; several processes ask one another every 10 steps, and stop together."""
+        """True after a signal; the processes of torchrun ask one another, and stop together."""
         if self.args.world == 1:
             return self.signalled
-        if self.step % 10 > 0:
-            return False
-        flag = torch.tensor(float(self.signalled), device=self.args.device)
+        flag = torch.tensor(float(self.signalled))
         dist.all_reduce(flag)
         return flag.item() > 0
 
     def say(self, text):
         if self.args.rank == 0:
-            print(text, flush=True)
-
-    def parallel(self, model):
-        """The model whose gradients are averaged over the processes of torchrun."""
-        return nn.parallel.DistributedDataParallel(model) if self.args.world > 1 else model
+            print(text, file=Screen(sys.stdout))
 
     def record(self, **values):
         """Adds a step's losses (tensors) to the means of the log's next row, without waiting for a GPU."""
-        self.count += 1
         for name, value in values.items():
-            self.totals[name] = self.totals.get(name, 0) + value.detach()
+            total, count = self.totals.get(name, (0, 0))
+            self.totals[name] = (total + value.detach(), count + 1)
 
-    def add_row(self):
-        """Appends the means since the last row to the log; raises FloatingPointError for nan and inf."""
-        if self.count == 0:
-            return
-        means = {name: round(total.item() / self.count, 5) for name, total in self.totals.items()}
+    def row(self):
+        """The means since the last row of the log; raises FloatingPointError for nan and inf."""
+        means = {name: round(float(total / count), 5) for name, (total, count) in self.totals.items()}
         if not all(map(math.isfinite, means.values())):
             advice = f"{self.args.ckpt} keeps the last good state, if any; try a lower --lr"
             raise FloatingPointError(f"{means} at step {self.step}; {advice}")
-        rate = self.count * self.args.batch_size / max(self.seconds - self.row_seconds, 1e-9)
-        speed = {"images_per_s": round(rate, 1), "seconds": round(self.seconds, 1)}
-        self.log.append({"step": self.step, **means, **speed})
-        self.bar.set_postfix(means, images_per_s=f"{rate:.0f}")
-        self.row_seconds = self.seconds
-        self.totals = {}
-        self.count = 0
+        before = self.log[-1] if self.log else {"step": 0, "seconds": 0.0}
+        images = (self.step - before["step"]) * self.args.batch_size
+        rate = round(images / max(self.seconds - before["seconds"], 1e-9), 1)
+        return {"step": self.step, **means, "images_per_s": rate, "seconds": round(self.seconds, 1)}
 
     def save(self, again=False):
         """Writes the checkpoint, then its log. again: there is another try later, so failing is a warning."""
         args = self.args
+        rows = [*self.log, self.row()] if self.totals else self.log
         if args.rank > 0:
             return
+        self.before_save()
         rng = {"cpu": torch.get_rng_state()}
         if args.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(args.device)
-        state = {"script": NAME, "args": self.settings, "images": self.images, "step": self.step}
-        state.update(seconds=self.seconds, log=self.log, rng=rng, command=args.command)
+        state = dict(script=NAME, args=self.settings, data=self.data, step=self.step, steps=self.steps)
+        state.update(seconds=self.seconds, log=self.log, totals=self.totals, rng=rng, command=args.command)
         state.update({name: part.state_dict() for name, part in self.parts.items()})
-        rows = [list(self.log[0]), *(row.values() for row in self.log)]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        lines = [names, *([row.get(name, "") for name in names] for row in rows)]
         try:
             write_whole(args.ckpt, lambda file: torch.save(state, file))
-            write_text(log_path(args.ckpt), "".join(",".join(map(str, row)) + "\n" for row in rows))
+            write_text(log_path(args.ckpt), "".join(",".join(map(str, line)) + "\n" for line in lines))
         except OSError as e:
             if not again:
                 raise
-            print(f"warning: {e}; training goes on", file=sys.stderr)
+            print(f"warning: {e}; training goes on", file=Screen(sys.stderr))
 
     def resume(self):
-        """Loads args.ckpt into the parts; raises ValueError where settings or images differ.
+        """Loads args.ckpt into the parts; raises ValueError where settings, images or labels differ.
 
-        A file of --mode export has the averaged weights alone: the networks start from them, the optimiser
-        anew, and images and settings of training may be others.
+        A file of --mode export has averaged weights alone: the networks start from them, the optimisers anew,
+        and only the network's settings must be the same.
         """
-        ckpt = load_checkpoint(self.args.ckpt)
-        old = {**ckpt["args"], "images": ckpt.get("images")}
-        new = {**self.settings, "images": self.images}
-        if "optim" not in ckpt:
-            new = {key: new[key] for key in (*NETWORK, "size")}
+        path = self.args.ckpt
+        ckpt = load_checkpoint(path)
+        alone = "rng" not in ckpt
+        old = {**ckpt["args"], "data": ckpt.get("data")}
+        new = {**self.settings, "data": self.data}
+        if alone:
+            new = {key: new[key] for key in NETWORK}
         differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
         if differ:
-            raise ValueError(f"--resume {self.args.ckpt} with other settings: {', '.join(differ)}")
+            raise ValueError(f"--resume {path} with other settings: {', '.join(differ)}")
         self.step = ckpt["step"]
         self.seconds = ckpt["seconds"]
-        if "optim" not in ckpt:
-            if self.step >= self.steps:
-                expected = f"expected more than the {self.step} of {self.args.ckpt}"
-                raise ValueError(f"--resume with --steps {self.steps}: {expected}")
-            self.say(f"{self.args.ckpt}: averaged weights of step {self.step}, a fresh optimiser")
-            for name in ("model", "ema"):
-                load_weights(self.parts[name], ckpt["ema"], self.args.ckpt)
-            torch.manual_seed(self.args.seed + self.step)
-            return
+        if self.step + alone > self.steps:
+            raise ValueError(f"--resume {path}: is at step {self.step}, expected fewer than {self.steps}")
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
-                load_weights(part, ckpt[name], self.args.ckpt)
-            else:
+                source = "ema" if alone and name == "model" else name
+                load_weights(part, ckpt.get(source, {}), path)
+            elif not alone:
                 part.load_state_dict(ckpt[name])
-        for parameter, state in self.parts["optim"].state.items():  # a GPU has them in channels_last
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.empty_like(parameter).copy_(state[key])
+                for parameter, state in part.state.items():  # a GPU has them in channels_last
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        state[key] = torch.empty_like(parameter).copy_(state[key])
+        if alone:
+            self.say(f"{path}: averaged weights of {self.step} steps, fresh optimisers")
+            torch.manual_seed(self.args.seed + self.step)
+            return
         self.log = ckpt["log"]
+        self.totals = ckpt["totals"]
         torch.set_rng_state(ckpt["rng"]["cpu"])
         if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
             torch.cuda.set_rng_state(ckpt["rng"]["cuda"], self.args.device)
-
-
-def export(args):
-    """Writes the averaged network of --ckpt into the folder --out, without the state of training.
-
-    Its parameters are float16; settings, training command and --note stand beside them.
-    """
-    ckpt = load_checkpoint(args.ckpt)
-    model, _ = load_model(args.ckpt)
-    half = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
-    state = {key: ckpt[key] for key in ("script", "args", "step", "seconds", "command")}
-    state.update(note=args.note, ema={**model.state_dict(), **half})
-    path = Path(args.out) / Path(args.ckpt).name
-    if path.exists() and path.samefile(args.ckpt):
-        raise ValueError(f"--out {args.out}: holds --ckpt {args.ckpt} itself; give another folder")
-    write_whole(path, lambda file: torch.save(state, file))
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-
-
-def find_ckpt(name, mode):
-    """checkpoints/NAME.pt for training or where it is, else the weights that come with this script."""
-    here = Path("checkpoints") / f"{name}.pt"
-    script = Path(__file__).resolve().parent
-    for path in (here, script / ".weights" / here.name, script / here.name):
-        if mode == "train" or path.is_file():
-            return str(path)
-    return str(here)
 
 
 def choose_device(name):
@@ -1282,23 +1490,19 @@ def choose_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and dist.is_torchelastic_launched():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        fail(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     try:
-        device = torch.empty(1, device=name).device
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"--device {name}: not available here ({reason}); use --device cpu") from e
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: not supported, expected cpu or cuda")
-    return device
+        raise ValueError(f"--device {name}: not available here ({str(e).splitlines()[0]})") from e
 
 
 def bf16_is_fast(device):
     """True where bfloat16 is known to be fast: CUDA capability 8 and later, CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
-        return False
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
     return capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
 
 
@@ -1321,198 +1525,86 @@ def number(kind, low, high=math.inf):
     return convert
 
 
-def add(group, name, default, text, shown="%(default)s", **options):
-    """An option whose help ends with its default."""
-    group.add_argument(name, default=default, help=f"{text} (default: {shown})", **options)
+def add(group, name, kind, default, text, **more):
+    """An option: `kind` is its type, or a tuple of choices."""
+    options = (
+        {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()}
+    )
+    group.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **options | more)
 
 
-def add_options(p):
-    """All options but --mode, --fast and --report."""
-    positive = number(int, 1)
-    share = number(float, 0, 1)
-    own = f"checkpoints/{NAME}.pt or {NAME}_REPORT.pt, else in .weights/ beside the script"
-    add(p, "--data", None, "the course's layout or a torchvision root", "built-in digits", metavar="DIR")
-    add(p, "--input", "samples", "eval: folder of images", metavar="DIR")
-    add(p, "--out", None, "where results go: a folder; eval: a JSON file", metavar="PATH")
-    add(p, "--ckpt", None, "checkpoint to write or read, its log.csv beside it", own, metavar="FILE")
-    add(p, "--classifier", None, "eval: weights in the course's format", "trained if missing", metavar="FILE")
-    add(p, "--num", 100, "images of each digit; grid: of each guidance weight", type=positive)
-    add(p, "--note", "", "export: what the file says of itself, such as its figures", "none", metavar="TEXT")
-    add(p, "--seed", 0, "random seed of training and of the samples", type=number(int, 0, 2**63 - 1))
-    add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
-    precisions = ("auto", "bf16", "float32")
-    add(p, "--precision", "auto", "auto: bf16 autocast where the hardware is fast at it", choices=precisions)
-
-    g = p.add_argument_group("training")
-    text = "steps in all; with --resume a larger number prolongs the run, unless the rate ends at 0"
-    add(g, "--steps", 10000, text, type=positive)
-    add(g, "--epochs", None, "passes over the images, instead of --steps", "none", type=positive)
-    text = "go on from --ckpt, exactly if --precision is equal; of weights alone with a new optimiser"
-    g.add_argument("--resume", action="store_true", help=text)
-    add(g, "--batch-size", 64, "images per step; sample: images at a time", type=positive)
-    add(g, "--optimizer", "adamw", "AdamW or Adam", choices=("adamw", "adam"))
-    add(g, "--lr", 1e-3, "peak learning rate", type=number(float, 0))
-    add(g, "--betas", [0.9, 0.99], "of the optimiser", type=share, nargs=2, metavar="B")
-    add(g, "--weight-decay", 0.0, "of the optimiser", type=number(float, 0))
-    schedules = ("sqrt", "constant", "linear", "cosine")
-    add(g, "--lr-schedule", "sqrt", "how the rate falls; linear and cosine end at 0", choices=schedules)
-    add(g, "--clip", 1.0, "largest norm of the gradient, or inf", type=float)
-    text = "longest average of the weights: decay of an exponential one; 1: the last tenth; 0: none"
-    add(g, "--ema", 1.0, text, type=share)
-    add(g, "--label-dropout", 0.1, "share of labels replaced by the null class", type=share)
-    add(g, "--gamma", 5.0, "min-SNR weighting; 0 switches it off", type=number(float, 0))
-    add(g, "--prediction", "v", "what the network predicts", choices=("v", "eps"))
-    add(g, "--schedule", "cosine", "noise schedule", choices=("cosine", "linear"))
-    add(g, "--beta-end", 0.02, "last beta of the linear schedule", type=number(float, 1e-4, 0.999))
-    add(g, "--T", 400, "number of diffusion steps", type=number(int, 2))
-    text = "diffusion steps of a batch: evenly spread, or each drawn for itself"
-    add(g, "--t-sampling", "stratified", text, choices=("stratified", "uniform"))
-
-    g = p.add_argument_group("network of train (elsewhere the checkpoint says it)")
-    add(g, "--arch", "unet", "unet, or a report's; context is 2023's", choices=("unet", *REPORT_NETWORKS))
-    text = "unet: width at each resolution, multiples of 32"
-    add(g, "--channels", [64, 128], text, type=number(int, 32), nargs="+", metavar="C")
-    add(g, "--blocks", 1, "unet: residual blocks per resolution", type=positive)
-    add(g, "--patch", 2, "unet: pixels folded into channels at the entrance", type=int, choices=(1, 2, 4))
-    add(g, "--dropout", 0.0, "unet, 2022b: dropout in the residual blocks", type=share)
-    add(g, "--width", 216, "context: number of features, a multiple of 8", type=number(int, 8))
-
-    g = p.add_argument_group("sampling")
-    add(g, "--sampler", "dpm++", "DPM-Solver++(2M), DDIM, or DDPM over all T steps", choices=SAMPLERS)
-    add(g, "--sample-steps", CALLS, "network calls of dpm++ and ddim", type=positive)
-    add(g, "--eta", 0.0, "ddim: 0 deterministic, 1 as noisy as ddpm", type=share)
-    add(g, "--variance", "posterior", "ddpm: variance of the noise", choices=("posterior", "beta"))
-    text = "keep the predicted image in [-1, 1]"
-    g.add_argument("--clamp", action=argparse.BooleanOptionalAction, default=True, help=text)
-    add(g, "--guidance", GUIDANCE, "w of (1 + w) out(x, y) - w out(x, null); 0: none", type=number(float, 0))
-    text = "the part of the time t / T in which there is guidance"
-    add(g, "--guidance-interval", INTERVAL, text, type=share, nargs=2, metavar="SHARE")
-    add(g, "--last-time", LAST, "dpm++: the time t / T of its last call", type=number(float, 0, 0.9))
-    text = "another checkpoint, trained less or smaller, whose mistakes the sampler avoids (2406.02507); "
-    text += "good with it: --guidance 1 --sample-steps 10 --last-time 0.02"
-    add(g, "--guide", None, text, "none", metavar="FILE")
-    text = "with --guide: 1 is the network alone, more leads further from the guide"
-    add(g, "--autoguidance", 1.4, text, type=number(float, 0))
-    text = "grid: after which sampler steps the reverse process is shown"
-    add(g, "--states", None, text, "six, evenly", type=number(int, 0), nargs="+", metavar="STEP")
-
-
-# what a mode changes in the defaults, and --fast in those of training
-DEFAULTS = {
-    "sample": {"out": "samples", "batch_size": 100},
-    "grid": {"out": "p2_figures", "num": 10},
-    "export": {"out": ".weights"},
-}
-FAST = {"steps": 1600, "batch_size": 32}
-
-
-def check_network(args, parser):
-    """Raises ValueError where options contradict the network, or a report's preset."""
-    used = {"unet": {"channels", "blocks", "patch", "dropout"}, "2022b": {"dropout"}, "context": {"width"}}
-    if args.report and args.arch != parser.get_default("arch"):
-        fail(f"--arch {args.arch}: contradicts --report {args.report}, whose network is another")
-    for name in ("blocks", "channels", "dropout", "patch", "width"):
-        value = getattr(args, name)
-        if name not in used.get(args.arch, ()) and value != parser.get_default(name):
-            fail(f"--{name} {value}: the network {args.arch} has no such setting")
-    if args.arch == "2022a" and args.label_dropout > 0:
-        fail(f"--label-dropout {args.label_dropout}: the network 2022a has no null class; use 0")
-    if any(c % 32 for c in args.channels):
-        fail(f"--channels {args.channels}: expected multiples of 32")
-    if args.width % 8:
-        fail(f"--width {args.width}: expected a multiple of 8")
-    if not args.clip > 0:
-        fail(f"--clip {args.clip}: expected a number above 0, or inf")
-
-
-def parse_args(argv=None):
-    """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = fail
-    add(first, "--mode", "train", "what to do", choices=tuple(MODES))
-    first.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes of training")
-    text = f"preset: network, training and sampler of a report, one of {', '.join(REPORTS)} (see REPORTS)"
-    add(first, "--report", None, text, "ours", metavar="NAME")
-    preset, _ = first.parse_known_args(argv)
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False, parents=[first])
+def new_parser():
+    """A parser with the options that all four scripts have."""
+    style = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=30)
+    usage = f"python {NAME}.py --mode MODE [--option value ...]"
+    p = argparse.ArgumentParser(NAME, usage, __doc__, formatter_class=style, allow_abbrev=False)
     p.error = fail
-    add_options(p)
-    if preset.report:
-        if preset.report not in REPORTS:
-            names = ", ".join(REPORTS)
-            fail(f"--report {preset.report}: expected one of {names}; 2021 has no diffusion model")
-        p.set_defaults(**EVERY_REPORT | REPORTS[preset.report])
-    p.set_defaults(**DEFAULTS.get(preset.mode, {}))
-    if preset.fast and preset.mode == "train":
-        p.set_defaults(**FAST, epochs=None)
+    add(p, "--mode", tuple(MODES), "train", "what to do")
+    p.add_argument("--fast", action="store_true", help="train: preset for a CPU and some minutes")
+    p.add_argument("--resume", action="store_true", help="train: go on from --ckpt, or from weights alone")
+    add(p, "--data", str, None, "images in the course's layout; None: built-in ones", metavar="DIR")
+    add(p, "--out", str, None, "where results go: a folder; of eval and predict a file", metavar="PATH")
+    add(p, "--seed", number(int, 0, 2**32 - 1), 0, "of training and of all noise")
+    add(p, "--device", str, "auto", "auto, cpu, cuda or cuda:N", metavar="NAME")
+    precisions = ("auto", "bf16", "float32")
+    add(p, "--precision", precisions, "auto", "auto: bf16 autocast where the hardware is fast at it")
+    return p
+
+
+def parse(p, argv, presets):
+    """The settings of a command line; presets(them): the defaults of this mode, method and report."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    first, _ = p.parse_known_args([text for text in argv if text not in ("-h", "--help")])
+    p.set_defaults(**presets(first))
     args = p.parse_args(argv)
     args.command = shlex.join(["python", f"{NAME}.py", *argv])
-
-    check_network(args, p)
-    given = {text.split("=")[0] for text in argv}
-    if {"--epochs", "--steps"} <= given:
-        fail(f"--epochs {args.epochs} and --steps {args.steps}: expected one of them")
-    if "--epochs" in given:
-        args.steps = None
-    low, high = args.guidance_interval
-    if low > high:
-        fail(f"--guidance-interval {low} {high}: expected the smaller number first")
-    if args.guide and args.mode not in ("sample", "grid"):
-        fail(f"--guide {args.guide}: --mode {args.mode} has no use for it")
-    if "--last-time" in given and args.sampler != "dpm++":
-        fail(f"--last-time {args.last_time} with --sampler {args.sampler}: only dpm++ has it")
-    if args.eta > 0 and args.sampler != "ddim":
-        fail(f"--eta {args.eta} with --sampler {args.sampler}: eta is DDIM's; pass --sampler ddim")
-    name = f"{NAME}_{args.report}" if args.report else NAME
-    args.ckpt = args.ckpt or find_ckpt(name, args.mode)
+    args.given = {text.split("=")[0].removeprefix("--") for text in argv if text.startswith("--")}
     launched = dist.is_torchelastic_launched()  # left-over variables of another launcher do not count
     args.rank = int(os.environ["RANK"]) if launched else 0
     args.world = int(os.environ["WORLD_SIZE"]) if launched else 1
-    if args.world > 1 and args.mode not in ("train", "sample"):
-        fail(f"--mode {args.mode} with {args.world} processes: only train and sample share their work")
+    if args.world > 1 and args.mode not in SHARED:
+        fail(f"--mode {args.mode}: cannot share its work among {args.world} processes")
     args.device = choose_device(args.device)
     args.bf16 = bf16_is_fast(args.device) if args.precision == "auto" else args.precision == "bf16"
     return args
 
 
-def train_digits(args):
-    """--mode train: trains on MNIST-M of --data, or on the built-in digits."""
-    from common import load_digits
-
-    train(args, *load_digits(args.data, "mnistm", "train"))
-
-
-MODES = {"train": train_digits, "sample": sample, "eval": evaluate, "grid": grid, "export": export}
+def refuse_unused(args, uses):
+    """uses: (whether there is a use, where, names of options). Raises ValueError for one without a use."""
+    for used, where, names in uses:
+        unused = sorted(args.given & set(names.split()))
+        if unused and not used:
+            fail(f"--{unused[0]}: has a use only with {where}; leave it out")
 
 
 def main(argv=None):
     """The command line: what goes wrong becomes one line on standard error and an exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has none
-            stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
-    try:
-        args = parse_args(argv)
-        if args.mode in ("sample", "grid") and args.rank == 0:
-            print(f"weights: {args.ckpt}" + (f", guide: {args.guide}" if args.guide else ""))
-        MODES[args.mode](args)
-    except (ValueError, OSError, ImportError, FloatingPointError) as e:
-        message = str(e)
-        if isinstance(e, OSError) and e.filename is not None:
-            message = f"{e.filename}: {e.strerror}"
+    sys.path.append(str(HERE))  # of common.py, for python -m FOLDER.SCRIPT
+    with contextlib.redirect_stdout(Screen(sys.stdout)), contextlib.redirect_stderr(Screen(sys.stderr)):
+        try:
+            args = parse_args(argv)
+            return MODES[args.mode](args)
+        except KeyboardInterrupt as e:
+            code, line = 130, str(e) or "stopped"
+        except FloatingPointError as e:
+            code, line = 1, f"error: {e}"
+        except ImportError as e:
+            code, line = (
+                2,
+                f"error: {e}; pip install -r requirements.txt, and keep common.py beside this file",
+            )
+        except (ValueError, OSError) as e:
+            code, line = 2, f"error: {e}"
+            if getattr(e, "filename", None) is not None:
+                line = f"error: {e.filename}: {e.strerror}"
             if isinstance(e, FileExistsError):  # of mkdir
-                message += ", expected a folder"
-        if isinstance(e, ImportError):
-            message = f"{e}; pip install -r requirements.txt, and keep common.py beside this file"
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(e, FloatingPointError) else 2) from None
-    except torch.cuda.OutOfMemoryError as e:
-        print(f"error: {str(e).splitlines()[0]}; use a smaller --batch-size", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt as e:
-        print(str(e) or "stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+                line += ", expected a folder"
+        except (RuntimeError, MemoryError) as e:
+            if not isinstance(e, MemoryError) and "memory" not in str(e):
+                raise
+            code, line = 1, f"error: memory ran out ({str(e)[:200]}); use a smaller --batch-size"
+        print(" ".join(line.split()), file=sys.stderr)
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":
