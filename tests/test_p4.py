@@ -1,23 +1,21 @@
-"""p4_dann.py: gradient reversal, BatchNorm per domain, exact resume, the graders' rules, bad input."""
+"""p4_dann.py: each line of a training step, augmentation, schedules; the modes and the graders' rules."""
 
 # SPDX-License-Identifier: MIT
-import copy
 import csv
 import json
 import math
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, Hostile
+import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
 
 import common
@@ -29,6 +27,10 @@ TINY = ["--arch", "small", "--batch-size", "8", "--device", "cpu"]
 def run(text, *more):
     """p4.main with the words of `text`."""
     p4.main([*text.split(), *map(str, more)])
+
+
+def parse(text, *more):
+    return p4.parse_args([*f"--target svhn --device cpu --precision float32 {text}".split(), *map(str, more)])
 
 
 def load(path):
@@ -46,11 +48,836 @@ def tensors(n, seed=0):
     return images, torch.arange(n) % 10
 
 
+def rig(monkeypatch, name, *values):
+    """torch.NAME gives `values` in turn, spread over the shape that it is asked for."""
+    values = list(values)
+
+    def rigged(*shape, **_):
+        wanted = shape[-1] if isinstance(shape[-1], tuple) else shape
+        return torch.as_tensor(values.pop(0)).expand(wanted).clone()
+
+    monkeypatch.setattr(torch, name, rigged)
+
+
+# ------------------------------------------------------------------ losses and schedules
+
+
+def test_gradient_reversal():
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(3, dtype=torch.float64)
+    y = p4.ReverseGradient.apply(x, 0.7)
+    assert torch.equal(y, x)
+    (gradient,) = torch.autograd.grad((y @ w).sin().sum(), x)
+    assert torch.allclose(gradient, -0.7 * (x @ w).cos()[:, None] * w, atol=1e-12)
+
+
+def test_reversal_rises_from_0_to_1():
+    assert p4.reversal(0) == 0 and p4.reversal(1) == pytest.approx(0.9999092, abs=1e-7)
+    assert p4.reversal(0.1) == pytest.approx(math.tanh(0.5))  # 2 / (1 + e^-10p) - 1 = tanh(5p)
+
+
+def domain_loss(logits, source, lambda_=1.0, digits=None):
+    """p4.domain_loss of a head that gives `logits`, in bfloat16 as under autocast; source: how many."""
+    logits = torch.tensor(logits).bfloat16()
+    features = torch.zeros(len(logits), 3)
+    loss = p4.domain_loss(
+        SimpleNamespace(domain=lambda _: logits), features[:source], features[source:], lambda_, digits
+    )
+    assert loss.dtype == torch.float32
+    return loss.item()
+
+
+def test_domain_loss_by_hand():
+    """Source is class 0, target class 1."""
+    pair = domain_loss([[0.0, 1.0], [3.0, 1.0], [0.0, 2.0]], 2)
+    expected = (math.log1p(math.exp(1)) + math.log1p(math.exp(-2)) + math.log1p(math.exp(-2))) / 3
+    assert pair == pytest.approx(expected, rel=1e-5)
+    target = domain_loss([[1.0], [-2.0], [0.5]], 2)  # the logit of "target"; that of "source" is 0
+    expected = (math.log1p(math.exp(1)) + math.log1p(math.exp(-2)) + math.log1p(math.exp(-0.5))) / 3
+    assert target == pytest.approx(expected, rel=1e-5)
+
+
+def test_domain_loss_by_digit():
+    """The pair of logits of an image's digit counts; between two digits it is the weighted mean of theirs."""
+    logits = torch.zeros(3, 10, 2)
+    logits[0, 3] = torch.tensor([2.0, -1.0])
+    logits[1, 7] = torch.tensor([0.5, 4.0])
+    logits[2, 1] = torch.tensor([3.0, 0.0])
+    logits[2, 2] = torch.tensor([1.0, 8.0])
+    digits = torch.zeros(3, 10)
+    digits[0, 3] = digits[1, 7] = 1
+    digits[2, 1] = 0.75
+    digits[2, 2] = 0.25  # (2.5, 2.0)
+    loss = domain_loss(logits.flatten(1).tolist(), 1, digits=digits)
+    expected = math.log1p(math.exp(-3)) + math.log1p(math.exp(-3.5)) + math.log1p(math.exp(0.5))
+    assert loss == pytest.approx(expected / 3, rel=1e-5)
+
+
+def test_the_domain_head_descends_and_the_features_ascend():
+    net = nn.Module()
+    net.domain = nn.Linear(2, 1, bias=False)
+    nn.init.constant_(net.domain.weight, 1.0)
+    source = torch.tensor([[1.0, -1.0]], requires_grad=True)
+    target = torch.tensor([[2.0, -2.0]], requires_grad=True)
+    p4.domain_loss(net, source, target, 0.25).backward()
+    # logits 0: d loss / d logit is sigmoid(0) = 1/2 for source, sigmoid(0) - 1 for target, each over 2 images
+    assert torch.allclose(net.domain.weight.grad, (0.25 * source - 0.25 * target).detach())
+    assert torch.allclose(source.grad, torch.full((1, 2), -0.25 * 0.25))
+    assert torch.allclose(target.grad, torch.full((1, 2), 0.25 * 0.25))
+
+
+def test_align():
+    """Odds are multiplied by (marginal ratio)^-power; a marginal of 0 counts as 0.001."""
+    p = torch.tensor([[0.5, 0.4] + [0.1 / 8] * 8, [0.1] * 10])
+    marginal = torch.tensor([0.4, 0.1] + [0.5 / 8] * 8)
+    assert torch.allclose(p4.align(p, marginal, 0.0), p)
+    aligned = p4.align(p, marginal, 0.5)
+    assert torch.allclose(aligned.sum(1), torch.ones(2))
+    odds = aligned[:, 0] / aligned[:, 1]
+    assert torch.allclose(odds, torch.tensor([0.5 / 0.4 / 2, 1 / 2]), rtol=1e-5)
+    odds = p4.align(p, torch.eye(10)[0], 0.5)[1]
+    assert odds[1] / odds[0] == pytest.approx(1000**0.5, rel=1e-4)
+
+
+def test_consistency_counts_sure_images_only():
+    teacher = torch.tensor([[0.95] + [0.05 / 9] * 9, [0.04, 0.92] + [0.005] * 8, [0.89] + [0.11 / 9] * 9])
+    student = torch.randn(3, 10)
+    loss, sure = p4.consistency_loss(student, teacher, 0.9)
+    log_p = student.log_softmax(1)
+    assert loss.item() == pytest.approx(-(log_p[0, 0] + log_p[1, 1]).item() / 3, rel=1e-6)
+    assert sure.shape == () and sure.item() == pytest.approx(2 / 3)
+
+
+class Stub:
+    """A network whose features, and logits, are the first ten pixels of an image; it keeps what it saw."""
+
+    def __init__(self):
+        self.marginal = torch.tensor([0.55] + [0.05] * 9)
+        self.seen = []
+
+    def embed(self, x):
+        self.seen.append(x)
+        self.with_gradient = torch.is_grad_enabled()
+        return x[:, 0, 0, :10]
+
+    def label(self, features):
+        return features.bfloat16()  # as under autocast
+
+
+@pytest.fixture
+def step(monkeypatch):
+    """step(method, p): the losses of one step of networks that are stubs, and what the parts were given."""
+
+    def step(method, p, adapts=True, report=None):
+        calls = SimpleNamespace(model=Stub(), ema=Stub())
+
+        def domain(*given):
+            calls.domain = given
+            return torch.tensor(7.0)
+
+        def consistency(*given):
+            calls.consistency = given
+            return torch.tensor(2.0), torch.tensor(0.5)
+
+        monkeypatch.setattr(p4, "strong", lambda x: 2 * x)
+        monkeypatch.setattr(p4, "cutout", lambda x: -x)
+        monkeypatch.setattr(p4, "augment", lambda x, strength: 10 * strength * x)
+        monkeypatch.setattr(p4, "domain_loss", domain)
+        monkeypatch.setattr(p4, "consistency_loss", consistency)
+        calls.x = torch.arange(2 * 3 * 28 * 28).view(2, 3, 28, 28) % 7 / 4
+        calls.u = torch.arange(5 * 3 * 28 * 28).view(5, 3, 28, 28) % 5 / 8
+        calls.y = torch.tensor([4, 9])
+        args = SimpleNamespace(training=method, domain_weight=1.5)
+        function = p4.report_losses if report else p4.losses
+        u = calls.u if adapts else None
+        calls.losses = function(args, calls.model, calls.ema, calls.x, calls.y, u, p)
+        return calls
+
+    return step
+
+
+def cross_entropy(logits, y):
+    return -logits.log_softmax(1)[torch.arange(len(y)), y].mean()
+
+
+@pytest.mark.parametrize("method, factor", [("source", 1), ("source-aug", 2)])
+def test_a_step_on_one_domain(method, factor, step):
+    calls = step(method, 0.5, adapts=False)
+    assert len(calls.model.seen) == 1 and torch.equal(calls.model.seen[0], factor * calls.x)
+    loss, adaptation, sure = calls.losses
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(
+        cross_entropy(factor * calls.x[:, 0, 0, :10], calls.y).item(), rel=1e-5
+    )
+    assert adaptation == 0 and sure == 0 and calls.ema.seen == []
+
+
+@pytest.mark.parametrize("method, labelled, student, teacher", [("dann", 1, 1, 1), ("dann-mt", 2, -2, 3)])
+def test_a_step_of_adaptation(method, labelled, student, teacher, step):
+    """dann sees images as they are; dann-mt sees them augmented, the teacher more gently than the student."""
+    calls = step(method, 0.4)
+    source, target = calls.model.seen
+    assert torch.equal(source, labelled * calls.x) and torch.equal(target, student * calls.u)
+    assert len(calls.ema.seen) == 1 and torch.allclose(calls.ema.seen[0], teacher * calls.u)
+    assert calls.model.with_gradient and not calls.ema.with_gradient
+    probabilities = (teacher * calls.u[:, 0, 0, :10]).bfloat16().float().softmax(1)
+    marginal = 0.99 * torch.tensor([0.55] + [0.05] * 9) + 0.01 * probabilities.mean(0)
+    assert torch.allclose(calls.ema.marginal, marginal)
+    pseudo = probabilities / marginal.sqrt()
+    pseudo = pseudo / pseudo.sum(1, keepdim=True)
+
+    model, source_features, target_features, lambda_, digits = calls.domain
+    assert model is calls.model and lambda_ == pytest.approx(math.tanh(2))
+    assert torch.equal(source_features, source[:, 0, 0, :10])
+    assert torch.equal(target_features, target[:, 0, 0, :10])
+    assert torch.equal(digits[:2], torch.eye(10)[calls.y]) and torch.allclose(digits[2:], pseudo, atol=1e-5)
+
+    loss, adaptation, sure = calls.losses
+    assert loss.item() == pytest.approx(cross_entropy(source[:, 0, 0, :10], calls.y).item(), rel=1e-5)
+    if method == "dann":
+        assert adaptation == 7 and sure == 0
+    else:
+        logits, given, threshold = calls.consistency
+        assert logits.dtype == torch.float32 and torch.equal(logits, target_features)
+        assert torch.allclose(given, pseudo, atol=1e-5) and threshold == 0.9
+        assert adaptation.item() == pytest.approx(7 + 1.5 * 2) and sure == 0.5
+
+
+@pytest.mark.parametrize("p, weight", [(0.0, 0), (0.3, 0), (0.35, 0.75), (0.5, 3), (0.95, 3)])
+def test_the_weight_of_the_teacher_rises(p, weight, step):
+    assert step("dann-mt", p).losses[1].item() == pytest.approx(7 + weight * 2)
+
+
+def test_a_step_of_a_report(step):
+    """Images as they are, no teacher, a weight of the domain loss."""
+    calls = step("dann", 0.4, report="2022c")
+    source, target = calls.model.seen
+    assert torch.equal(source, calls.x) and torch.equal(target, calls.u) and calls.ema.seen == []
+    model, *features, lambda_ = calls.domain
+    assert model is calls.model and lambda_ == pytest.approx(math.tanh(2))
+    assert torch.equal(features[0], source[:, 0, 0, :10]) and torch.equal(features[1], target[:, 0, 0, :10])
+    loss, adaptation, sure = calls.losses
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(cross_entropy(source[:, 0, 0, :10], calls.y).item(), rel=1e-5)
+    assert adaptation == 1.5 * 7 and sure == 0
+    assert [value.item() for value in step("dann", 0.4, adapts=False, report="2022c").losses[1:]] == [0, 0]
+
+
+def test_the_averaged_network_has_batchnorm_statistics_of_the_target():
+    """0.9 old + 0.1 of the batch, in all BatchNorms; the model itself gets those of each pass in turn."""
+    torch.manual_seed(0)
+    args = parse("--method dann --arch small")
+    model, ema = p4.build(args), p4.build(args)
+    p4.teaching(ema)
+    x = torch.rand(8, 3, 28, 28)
+    u = -(torch.rand(8, 3, 28, 28) ** 4)
+    seen = []
+    ema.features[0][1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    p4.losses(args, model, ema, x, torch.arange(8), u, 0.5)
+    assert len(seen) == 1
+    mean = seen[0].mean((0, 2, 3))
+    assert torch.allclose(ema.features[0][1].running_mean, 0.1 * mean, atol=1e-6)
+    assert model.features[0][1].num_batches_tracked == 2 and ema.features[0][1].num_batches_tracked == 1
+
+
+# ------------------------------------------------------------------ train
+
+
+def test_update_ema():
+    """For 100 steps the plain mean, then 0.99 old + 0.01 new; BatchNorm's statistics are copied on demand."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    ema = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    nn.init.constant_(model[0].weight, 2.0)
+    model[1].running_mean.fill_(5.0)
+    for step, expected in ((1, 2.0), (4, 1.25), (50, 1.02), (100, 1.01), (10**6, 1.01)):
+        nn.init.constant_(ema[0].weight, 1.0)
+        p4.update_ema(ema, model, step, buffers=False)
+        assert torch.allclose(ema[0].weight, torch.tensor(expected)) and not ema[1].running_mean.any()
+    p4.update_ema(ema, model, 10**6, buffers=True)
+    assert ema[1].running_mean.tolist() == [5.0] * 3
+
+
+@pytest.mark.parametrize("arch", ["deep", "small"])
+def test_the_teacher_has_no_dropout(arch):
+    net = p4.Net(arch).eval()
+    p4.teaching(net)
+    for module in net.modules():
+        assert module.training != isinstance(module, (nn.Dropout, nn.Dropout2d))
+
+
+@pytest.mark.parametrize(
+    "options, step, rate",
+    [
+        ("--method dann", 1, 0.01),  # warm-up: a hundredth
+        ("--method dann", 50, 0.5 * 1.49**-0.75),
+        ("--method dann", 501, 6**-0.75),
+        ("--method dann-mt", 50, 0.5 * 0.951),
+        ("--method dann-mt", 751, 0.25),
+        ("--method source --decay none", 50, 0.5),
+        ("--method source --decay none", 999, 1.0),
+        ("--method source --decay thirds", 331, 1.0),
+        ("--method source --decay thirds", 341, 0.1),
+        ("--method source --decay thirds", 661, 0.1),
+        ("--method dann-mt --decay thirds", 671, 0.01),
+        ("--method dann --report 2022a", 1, 1.0),  # the reports have no warm-up
+        ("--method dann --report 2022c", 341, 0.1),
+    ],
+)
+def test_learning_rate(options, step, rate):
+    args = parse(f"--lr 3 --source mnistm {options}")
+    assert p4.learning_rate(args, step, 1000) == pytest.approx(3 * rate)
+
+
+@pytest.mark.parametrize("name, kind", [("adamw", "AdamW"), ("adam", "Adam"), ("radam", "RAdam")])
+def test_optimizer(name, kind):
+    args = parse(f"--optimizer {name} --lr 0.2 --betas 0.3 0.4 --weight-decay 0.6")
+    model = nn.Linear(2, 3)
+    optim = p4.make_optimizer(args, model)
+    (group,) = optim.param_groups
+    assert type(optim) is getattr(torch.optim, kind)
+    assert all(a is b for a, b in zip(group["params"], model.parameters(), strict=True))
+    assert (group["lr"], *group["betas"], group["weight_decay"]) == (0.2, 0.3, 0.4, 0.6)
+    assert name == "radam" or group["fused"]
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """trained(options, target): four steps of train with rigged losses, and what each step was given.
+
+    The class loss is the sum of one layer's weights, the adaptation loss twice that sum: a gradient of 3.
+    Image k is full of k, so x says which it is; its label is k % 10.
+    """
+    images = torch.arange(20, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 28, 28)
+
+    def last(net):
+        return [module for module in net.label.modules() if isinstance(module, nn.Linear)][-1]
+
+    def trained(options, target=None):
+        steps = []
+
+        def losses(args, model, ema, x, y, u, p):
+            weight = last(model).weight
+            now = SimpleNamespace(x=x, y=y, u=u, p=p, weight=weight.detach().clone(), model=model, ema=ema)
+            now.ema_weight = last(ema).weight.clone()
+            now.bf16 = torch.is_autocast_enabled("cpu")
+            now.modes = [[m.training for m in net.modules()] for net in (model, ema)]
+            now.training = args.training
+            if not steps:
+                now.start = {name: value.clone() for name, value in model.state_dict().items()}
+                now.ema_start = {name: value.clone() for name, value in ema.state_dict().items()}
+            steps.append(now)
+            next(b for name, b in model.named_buffers() if "running_mean" in name).fill_(len(steps))
+            return weight.sum(), 2 * weight.sum(), torch.tensor(0.5)
+
+        def no_losses(*_):
+            raise AssertionError("the losses of other networks")
+
+        args = parse(options, "--steps", 4, "--batch-size", 40, "--ckpt", tmp_path / "a.pt")
+        monkeypatch.setattr(p4, "losses", no_losses if args.report else losses)
+        monkeypatch.setattr(p4, "report_losses", losses if args.report else no_losses)
+        monkeypatch.setattr(
+            p4, "make_optimizer", lambda args, model: torch.optim.SGD(model.parameters(), 99.0)
+        )
+        monkeypatch.setattr(p4, "learning_rate", lambda args, step, steps: 0.1 * step + steps)
+        labels = torch.arange(20) % 10
+        before = vars(args).copy()
+        net = p4.train(args, images, labels, target)
+        assert vars(args) == before
+        return args, steps, net
+
+    return trained
+
+
+def test_each_step_of_train(trained):
+    target = torch.arange(200, 210, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 28, 28)
+    args, steps, net = trained("--method dann --clip inf --seed 5", target)
+    numbers = []
+    others = []
+    for k, now in enumerate(steps):
+        assert now.x.shape == now.u.shape == (40, 3, 28, 28) and now.x.dtype == now.u.dtype == torch.float32
+        number = (now.x[:, 0, 0, 0] + 1) * 127.5
+        other = (now.u[:, 0, 0, 0] + 1) * 127.5
+        assert torch.equal(number.round().long() % 10, now.y)
+        assert torch.allclose(now.x, (number.round() / 127.5 - 1).view(-1, 1, 1, 1).expand(-1, 3, 28, 28))
+        numbers += number.round().int().tolist()
+        others += other.round().int().tolist()
+        assert now.p == k / 4 and not now.bf16 and now.training == "dann"
+    assert set(numbers) == set(range(20)) and set(others) == set(range(200, 210))
+    assert [n % 10 for n in numbers] != [n % 10 for n in others]  # drawn independently
+    assert len({tuple(numbers[i : i + 40]) for i in range(0, 160, 40)}) == 4
+
+    # the weights start from the seed, in both networks, and each step takes 3 times its rate from them
+    torch.manual_seed(5)
+    start = p4.build(args).state_dict()
+    assert equal(steps[0].start, start) and equal(steps[0].ema_start, start)
+    weights = [start["label.1.weight"]]
+    for k in range(1, 5):
+        weights.append(weights[-1] - 3 * (0.1 * k + 4))
+    for now, weight in zip(steps, weights):
+        assert torch.allclose(now.weight, weight, atol=1e-4)
+    # the averaged network is the mean of the networks after each step, and keeps its own BatchNorm statistics
+    for k in range(1, 4):
+        assert torch.allclose(steps[k].ema_weight, torch.stack(weights[1 : k + 1]).mean(0), atol=1e-4)
+    assert torch.allclose(net.label[-1].weight, torch.stack(weights[1:]).mean(0), atol=1e-4)
+    assert not net.features[0][1].running_mean.any() and not net.training
+
+    model_modes, ema_modes = steps[2].modes
+    assert all(model_modes)
+    dropout = [isinstance(module, nn.Dropout) for module in net.modules()]
+    assert ema_modes == [not out for out in dropout]
+    state = load(args.ckpt)
+    assert equal(state["ema"], net.state_dict()) and state["step"] == 4
+    assert torch.allclose(state["model"]["label.1.weight"], weights[-1], atol=1e-4)
+    assert state["optim"]["param_groups"][0]["lr"] == pytest.approx(4.4)
+    columns, row = rows(p4.log_path(args.ckpt))
+    assert columns[:5] == ["step", "class_loss", "adaptation_loss", "sure", "gradient"]
+    means = torch.stack(weights[:4]).sum((1, 2)).mean().item()
+    assert [float(value) for value in row[:4]] == pytest.approx([4, means, 2 * means, 0.5], rel=1e-3)
+    assert float(row[4]) == pytest.approx(3 * 2560**0.5, rel=1e-4)
+
+
+def test_clip(trained):
+    """The gradient, 3 in each of 2,560 weights, is scaled down to a norm of 6."""
+    _, steps, _ = trained("--method source --clip 6")
+    moved = steps[1].weight - steps[0].weight
+    assert torch.allclose(moved, torch.full_like(moved, -4.1 * 6 / 2560**0.5), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["source", "source-aug", "target"])
+def test_train_without_a_target(method, trained):
+    """The averaged network copies the BatchNorm statistics: no batch passes through it."""
+    _, steps, net = trained(f"--method {method} --clip inf")
+    assert all(now.u is None for now in steps)
+    assert steps[0].training == {"target": "source"}.get(method, method)
+    assert net.features[0][1].running_mean.tolist() == [4.0] * 32
+
+
+def test_train_of_a_report(trained):
+    """The network of the last step predicts."""
+    _, steps, net = trained("--source mnistm --method dann --report 2022b --clip inf", tensors(10)[0])
+    assert torch.equal(steps[3].ema_weight, steps[3].weight)
+    assert net.features[0][1].running_mean.tolist() == [4.0] * 64 and not net.training
+
+
+def test_train_in_bf16(trained):
+    _, steps, _ = trained("--method source --precision bf16")
+    assert all(now.bf16 for now in steps)
+
+
+def test_settings_of_training():
+    """The defaults are those of README's table; a method says what is labelled and what is not."""
+    args = parse("")
+    assert (args.method, args.training, args.optimizer, args.decay) == (
+        "dann-mt",
+        "dann-mt",
+        "adamw",
+        "paper",
+    )
+    assert (args.lr, args.betas, args.weight_decay, args.clip) == (1e-3, [0.9, 0.99], 1e-4, 10)
+    assert (args.batch_size, args.steps, args.labelled, args.unlabelled) == (64, 2000, "mnistm", "svhn")
+    names = {}
+    for method in p4.METHODS:
+        args = parse(f"--method {method} --source usps --seed 3")
+        names[method] = (args.labelled, args.unlabelled, args.name)
+    assert names == {
+        "source": ("usps", None, "p4_source_usps_deep_3"),
+        "source-aug": ("usps", None, "p4_source-aug_usps_deep_3"),
+        "dann": ("usps", "svhn", "p4_dann_usps_svhn_deep_3"),
+        "dann-mt": ("usps", "svhn", "p4_dann-mt_usps_svhn_deep_3"),
+        "target": ("svhn", None, "p4_source_svhn_deep_3"),
+    }
+    assert parse("--fast").steps == 400
+
+
+def test_labels_of_the_target_are_not_used():
+    args = parse("--method dann")
+    data = {domain: (f"images of {domain}", f"labels of {domain}") for domain in p4.DOMAINS}
+    assert p4.training_set(args, data) == ("images of mnistm", "labels of mnistm", "images of svhn")
+    assert p4.training_set(parse("--method target"), data) == ("images of svhn", "labels of svhn", None)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, np.uint8, torch.uint8, torch.int32], ids=str)
+def test_labels_of_any_form(kind, monkeypatch):
+    images, labels = tensors(12)
+    if kind is list:
+        given = (images.tolist(), labels.tolist())
+        images = images.long()
+        monkeypatch.setattr(p4, "check_training_set", lambda *_: None)
+    elif isinstance(kind, torch.dtype):
+        given = (images, labels.to(kind))
+    else:
+        given = (images.numpy(), labels.numpy().astype(np.uint8 if kind is np.uint8 else int))
+    a, b, c = p4.training_tensors(parse("--method source"), *given, None)
+    assert torch.equal(a, images) and torch.equal(b, labels) and b.dtype == torch.int64 and c is None
+
+
+@pytest.mark.parametrize(
+    "method, images, labels, target, what",
+    [
+        ("source", torch.zeros(4, 3, 28, 28), torch.zeros(4).long(), None, "images: found torch.float32"),
+        ("source", torch.zeros(4, 3, 32, 32).byte(), torch.zeros(4).long(), None, "images: found"),
+        ("source", torch.zeros(0, 3, 28, 28).byte(), torch.zeros(0).long(), None, "images: found"),
+        ("source", "a folder", torch.zeros(4).long(), None, "images: found str, expected a list"),
+        ("source", tensors(4)[0], torch.zeros(4), None, "labels: found torch.float32"),
+        ("source", tensors(4)[0], torch.full((4,), 10), None, "labels: found"),
+        ("source", tensors(4)[0], [True, False, True, False], None, "labels: found torch.bool"),
+        ("source", *tensors(4), tensors(4)[0], "target: found images, expected None"),
+        ("dann", *tensors(4), None, "target: found None"),
+        ("dann", *tensors(4), torch.zeros(4, 3, 28, 28), "target: found torch.float32"),
+    ],
+)
+def test_tensors_that_cannot_be_trained_on(method, images, labels, target, what, tmp_path):
+    args = parse(f"--method {method} --ckpt {tmp_path / 'a.pt'}")
+    with pytest.raises(ValueError, match=what):
+        p4.train(args, images, labels, target)
+    assert os.listdir(tmp_path) == []
+
+
+# ------------------------------------------------------------------ networks
+
+
+@pytest.mark.parametrize("pairs, parameters", [(1, 611_788), (10, 614_110)])
+def test_our_network(pairs, parameters):
+    """Shapes after each block of the features, and the rates of dropout."""
+    net = p4.Net(pairs=pairs).eval()
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    assert f"{parameters:,} parameters" in p4.Net.__doc__
+    shapes = []
+    for module in net.features:
+        if not isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda _, __, y: shapes.append(tuple(y.shape[1:])))
+    features = net.embed(torch.rand(2, 3, 28, 28))
+    assert shapes == [
+        *[(32, 28, 28), (32, 14, 14), (64, 14, 14), (64, 14, 14), (64, 7, 7)],
+        *[(128, 7, 7), (128, 7, 7), (128, 3, 3), (256, 3, 3), (256, 1, 1), (256,)],
+    ]
+    assert net.label(features).shape == (2, 10) and net.domain(features).shape == (2, 2 * pairs)
+    assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [0.25, 0.25, 0.5]
+    kinds = [[type(module) for module in block] for block in (net.features[0], net.domain)]
+    assert kinds[0] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    assert kinds[1] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+    assert torch.allclose(net.marginal, torch.full((10,), 0.1))
+    assert net.views is False and net.report is False
+
+
+def test_padding_of_a_convolution():
+    assert p4.conv(3, 4, 5)(torch.rand(2, 3, 9, 9)).shape == (2, 4, 5, 5)
+    assert p4.conv(3, 4, 5, padding=2)(torch.rand(2, 3, 9, 9)).shape == (2, 4, 9, 9)
+
+
+def test_our_input_is_grey_standardised_and_noisy_in_training():
+    torch.manual_seed(0)
+    net = p4.Net()
+    net.features = nn.Identity()
+    x = torch.rand(3, 3, 28, 28) * torch.tensor([0.1, 1.0, 3.0]).view(3, 1, 1, 1) - 0.4
+    grey = x.numpy().astype(np.float64).mean(1)
+    expected = (grey - grey.mean((1, 2), keepdims=True)) / (grey.std((1, 2), ddof=1, keepdims=True) + 0.05)
+    quiet = net.eval().embed(x)
+    assert quiet.shape == x.shape and torch.equal(quiet[:, 0], quiet[:, 2])
+    assert np.allclose(quiet[:, 0].numpy(), expected, atol=1e-4)
+    noise = net.train().embed(x) - quiet
+    assert torch.equal(noise[:, 0], noise[:, 1])
+    assert noise[:, 0].std().item() == pytest.approx(0.1, rel=0.05) and abs(noise.mean()) < 0.01
+
+
+@pytest.mark.parametrize(
+    "report, direction, size", [("2022b", "mnistm svhn", 28), ("2021", "mnistm usps", 64)]
+)
+def test_input_of_the_reports_is_rgb_as_it_is(report, direction, size):
+    source, target = direction.split()
+    net = p4.build(
+        p4.parse_args(f"--report {report} --source {source} --target {target} --device cpu".split())
+    )
+    net.features = nn.Identity()
+    x = torch.rand(2, 3, 28, 28)
+    expected = F.interpolate(x, (size, size), mode="bilinear")
+    assert torch.equal(net.train().embed(x), expected) and (size == 64 or torch.equal(expected, x))
+
+
+def test_six_views():
+    """The channels and their differences, each as a grey image; the network takes the mean of the logits."""
+    x = torch.rand(2, 3, 28, 28) * 2 - 1
+    r, g, b = x[:, 0], x[:, 1], x[:, 2]
+    views = p4.colour_views(x).view(6, 2, 3, 28, 28)
+    for view, expected in zip(views, (r, g, b, r - g, r - b, g - b)):
+        for channel in range(3):
+            assert torch.equal(view[:, channel], expected)
+    torch.manual_seed(0)
+    net = p4.Net(views=True).eval()
+    with torch.inference_mode():
+        each = torch.stack([net.label(net.embed(view)) for view in views])
+        assert torch.allclose(net(x), each.mean(0), atol=1e-5)
+        net.views = False
+        assert torch.allclose(net(x), net.label(net.embed(x)), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", p4.METHODS)
+def test_build(method):
+    net = p4.build(parse(f"--method {method}"))
+    assert net.domain[-1].out_features == (20 if method == "dann-mt" else 2)
+    assert net.views == (method in ("source-aug", "dann-mt")) and not net.report
+    assert net.features[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_parameter_counts_of_other_networks():
+    counts = {arch: sum(p.numel() for p in p4.Net(arch).parameters()) for arch in ("small", "paper")}
+    assert counts == {"small": 355_164, "paper": 976_651}
+    with pytest.raises(ValueError, match="expected deep, small, paper"):
+        p4.Net("vgg")
+
+
+# ------------------------------------------------------------------ augmentation
+
+
+def test_mixture_of_channels(monkeypatch):
+    """Uniform over the convex mixtures: a channel's share w has mean 1/3 and P(w > t) = (1 - t)^2."""
+    torch.manual_seed(0)
+    red = torch.tensor([0.5, 0.0, 0.0]).view(1, 3, 1, 1).expand(4000, 3, 4, 4)
+    y = p4.augment(red, 0.0)
+    assert y.shape == red.shape and torch.equal(y[:, 0], y[:, 1]) and torch.equal(y[:, 0], y[:, 2])
+    share = y[:, 0, 1, 1].abs() / 0.5
+    assert share.mean().item() == pytest.approx(1 / 3, abs=0.01)
+    assert (share > 0.5).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert (y[:, 0, 1, 1] < 0).float().mean().item() == pytest.approx(0.5, abs=0.03)  # negatives
+    rig(monkeypatch, "rand", torch.tensor([0.0, 1e-3, 0.5]).view(3, 1, 1), 0.5, 0.9)  # log(0) is no number
+    assert p4.augment(red[:2], 0.0)[0, 0, 1, 1].item() == pytest.approx(
+        0.5 * 6 / (6 + 3 + math.log10(2)), rel=1e-4
+    )
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_nothing_comes_from_outside_of_an_image(neighbours):
+    torch.manual_seed(0)
+    y = p4.augment(torch.full((200, 3, 28, 28), 0.5), 2.0, neighbours)
+    assert torch.allclose(y.abs(), torch.tensor(0.5), atol=1e-5)
+
+
+def test_affine_map(monkeypatch):
+    """At strength 1: 0.25 radian, e^0.3 in each direction, shear 0.3, a shift of 0.15 half images."""
+    given = []
+    original = F.affine_grid
+
+    def affine_grid(theta, *more, **options):
+        given.append(theta)
+        return original(theta, *more, **options)
+
+    monkeypatch.setattr(F, "affine_grid", affine_grid)
+    u = torch.full((6, 8), 0.5)
+    for i in range(6):
+        u[i, i] = 1.0
+    u[:, 6] = 1.0
+    u[:, 7] = torch.tensor([0.0, 0.0, 0.75, 0.0, 0.0, 0.25])
+    rig(monkeypatch, "rand", 0.5, u, 0.9, 0.5, u, 0.9)
+    for strength in (1.0, 0.5):
+        p4.augment(torch.zeros(8, 3, 28, 28), strength)
+    for strength, theta in zip((1.0, 0.5), given):
+        for i in range(8):
+            angle, wide, high, shear, dx, dy = (
+                strength * (2 * u[:, i] - 1) * torch.tensor([0.25, 0.3, 0.3, 0.3, 0.15, 0.15])
+            ).tolist()
+            turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+            linear = turn @ np.diag([math.exp(wide), math.exp(high)]) + [[0, shear], [0, 0]]
+            expected = np.concatenate([linear, [[dx], [dy]]], 1)
+            assert np.allclose(theta[i].numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_shift_by_one_pixel(axis, monkeypatch):
+    """What leaves on one side; the border is reflected."""
+    x = torch.rand(2, 1, 28, 28).expand(-1, 3, -1, -1)
+    u = torch.full((6, 2), 0.5)
+    u[5 - axis] = 0.5 + (2 / 28) / 0.3
+    rig(monkeypatch, "rand", 0.5, u, 0.9)
+    y = p4.augment(x, 1.0)
+    dim = 2 + axis
+    expected = torch.cat([x.narrow(dim, 1, 27), x.narrow(dim, 27, 1)], dim)
+    assert torch.allclose(y, expected, atol=1e-5)
+    rig(monkeypatch, "rand", 0.5, u, 0.1)
+    assert torch.allclose(p4.augment(x, 1.0), -expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("draw, pitch", [(0, 20), (2, 24), (4, 28)])
+def test_neighbours(draw, pitch, monkeypatch):
+    """The middle of the image, `pitch` wide, between those of the two images before it."""
+    x = torch.rand(4, 1, 28, 28).expand(-1, 3, -1, -1)
+    alone = torch.tensor([0.1, 0.9, 0.9, 0.1]).view(4, 1, 1, 1)
+    u = torch.full((6, 4), 0.5)
+    u[5] = 0.5 + (2 / 28) / 0.3  # down by one pixel
+    rig(monkeypatch, "rand", 0.5, u, alone, 0.9)
+    rig(monkeypatch, "randint", draw)
+    y = p4.augment(x, 1.0, neighbours=True)[:, 0]
+    x = torch.cat([x[:, 0, 1:], x[:, 0, 27:]], 1)
+    margin = (28 - pitch) // 2
+    for i in (0, 3):
+        assert torch.allclose(y[i], x[i], atol=1e-5)
+    for i in (1, 2):
+        assert torch.allclose(y[i, :, margin : 28 - margin], x[i, :, margin : 28 - margin], atol=1e-4)
+        if margin:
+            left, right = x[i - 1], x[i - 2]
+            assert torch.allclose(y[i, :, :margin], left[:, 28 - 2 * margin : 28 - margin], atol=1e-4)
+            assert torch.allclose(y[i, :, 28 - margin :], right[:, margin : 2 * margin], atol=1e-4)
+
+
+def test_pitches_and_how_often():
+    torch.manual_seed(0)
+    levels = torch.linspace(0.1, 0.9, 50)
+    x = levels.view(-1, 1, 1, 1).expand(-1, 3, 28, 28)
+    widths = []
+    alone = []
+    for _ in range(60):
+        y = p4.augment(x, 0.0, neighbours=True)[:, 0, 0].abs()
+        own = ((y - levels[:, None]).abs() < 1e-4).sum(1)  # pixels of the first row that are the image's own
+        widths.append(own.min().item())
+        if widths[-1] < 28:
+            alone.append((own == 28).float().mean().item())
+    assert {w: widths.count(w) > 4 for w in widths} == dict.fromkeys((20, 22, 24, 26, 28), True)
+    assert np.mean(alone) == pytest.approx(0.5, abs=0.05)
+
+
+def test_cutout(monkeypatch):
+    """Centres (14, 7) and (28, 0): 9 rows of 9 columns, and the part that lies within the image."""
+    x = torch.rand(2, 3, 28, 28)
+    rig(monkeypatch, "rand", torch.tensor([[0.5, 0.25], [1.0, 0.0]]).view(2, 2, 1, 1))
+    y = p4.cutout(x)
+    expected = x.clone()
+    expected[0, :, 10:19, 3:12] = x[0].mean()
+    expected[1, :, 24:, :5] = x[1].mean()
+    assert torch.allclose(y, expected)
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    hidden = (p4.cutout(x[:1].expand(2000, -1, -1, -1)) != x[0])[:, 0].float().mean(0)
+    assert hidden[5:23, 5:23].mean().item() == pytest.approx(100 / 784, rel=0.1)  # centres all over the image
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_random_convolution(share, monkeypatch):
+    """A kernel of 2r + 1 pixels for each; mean and deviation of the image, then a mixture with it."""
+    torch.manual_seed(0)
+    x = (torch.rand(5, 1, 28, 28) - 0.3).expand(-1, 3, -1, -1)
+    kernels = torch.randn(5, 1, 7, 7)
+    chosen = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.9]).view(5, 1, 1, 1)
+    rig(monkeypatch, "randn", kernels)
+    rig(monkeypatch, "randint", torch.tensor([0, 1, 2, 3, 3]).view(5, 1, 1, 1))
+    rig(monkeypatch, "rand", share, chosen)
+    y = p4.random_convolution(x)
+    assert y.shape == x.shape and torch.equal(y[:, 0], y[:, 1]) and torch.equal(y[:, 0], y[:, 2])
+    assert torch.equal(y[4], x[4])
+    for r in range(4):
+        image = x[r : r + 1, :1]
+        kernel = kernels[r : r + 1, :, 3 - r : 4 + r, 3 - r : 4 + r]
+        z = F.conv2d(F.pad(image, (r, r, r, r), "reflect"), kernel).double()
+        z = image.mean() + (z - z.mean()) * image.std().double() / (z.std() + 1e-3)
+        expected = (1 - share) * image + share * z
+        assert torch.allclose(y[r, 0].double(), expected[0, 0], atol=2e-5)
+
+
+def test_random_convolution_of_many():
+    """Half of the images; kernels of 1, 3, 5 and 7 pixels; float32 from bfloat16, as under autocast."""
+    torch.manual_seed(0)
+    x = torch.zeros(400, 3, 28, 28).bfloat16()
+    x[:, :, 14, 14] = 1  # a point becomes the kernel
+    y = p4.random_convolution(x)[:, 0]
+    assert y.dtype == torch.float32
+    touched = (y - y[:, :1, :1]).abs() > 1e-6
+    width = touched[:, 14].sum(1)
+    unchanged = torch.tensor([torch.equal(a, b) for a, b in zip(y, x[:, 0].float())])
+    assert unchanged.float().mean().item() == pytest.approx(0.5, abs=0.06)
+    counts = [(width[~unchanged] == w).float().mean().item() for w in (1, 3, 5, 7)]
+    assert counts == pytest.approx([0.25] * 4, abs=0.08)
+
+
+def test_strong(monkeypatch):
+    calls = []
+
+    def augment(*given, **more):
+        calls.append((given, more))
+        return "augmented"
+
+    monkeypatch.setattr(p4, "augment", augment)
+    monkeypatch.setattr(p4, "random_convolution", lambda x: f"{x} and another texture")
+    assert p4.strong("images") == "augmented and another texture"
+    assert calls == [(("images", 1.0), {"neighbours": True})]
+
+
+# ------------------------------------------------------------------ predict
+
+
+class Fixed(nn.Module):
+    """The same logits for every image, which it keeps."""
+
+    def __init__(self, **logits):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(10))
+        for digit, logit in logits.items():
+            self.logits.data[int(digit[1])] = logit
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return self.logits.expand(len(x), 10)
+
+
+def test_vote():
+    images = torch.zeros(3, 3, 28, 28, dtype=torch.uint8)
+    two = [Fixed(d2=1.0), Fixed(d2=1.0)]
+    assert p4.predict([*two, Fixed(d7=9.0)], images).tolist() == [2, 2, 2]  # two votes beat one sure network
+    assert p4.predict([Fixed(d2=1.0), Fixed(d7=9.0)], images).tolist() == [7, 7, 7]  # a tie: the surer one
+    # the mean of the probabilities decides, not that of the logits: 0.98 and 0.003 beat 0.003 and 0.95
+    sure = Fixed(d1=12.0, d3=-90.0)
+    other = Fixed(d1=0.0, d3=8.0)
+    assert p4.predict([sure, other], images).tolist() == [1, 1, 1]
+
+
+def test_predict_sees_each_image_once_in_minus_1_to_1():
+    images = torch.zeros(250, 3, 28, 28, dtype=torch.uint8)
+    images[:, 1] = 255
+    images[:, 2] = 51
+    images[:, :, 0, 0] = torch.arange(250, dtype=torch.uint8)[:, None]
+    net = Fixed(d4=1.0)
+    for form in (images, images.numpy()):
+        net.seen.clear()
+        assert p4.predict(net, form).tolist() == [4] * 250
+        x = torch.cat(net.seen)
+        assert torch.allclose(x[:, :, 5, 5], torch.tensor([-1.0, 1.0, -0.6]).expand(250, 3))
+        assert torch.allclose(x[:, 0, 0, 0], torch.arange(250) / 127.5 - 1)
+
+
+def test_prediction_does_not_depend_on_batch_or_order():
+    torch.manual_seed(0)
+    net = p4.Net("small")
+    images, _ = tensors(230)
+    for module in net.modules():
+        module.momentum = 1.0
+    net.embed(images / 127.5 - 1)  # else BatchNorm passes on what all images have in common
+    net.eval()
+    whole = p4.predict([net], images)
+    order = torch.randperm(230)
+    assert torch.equal(p4.predict([net], images[order]), whole[order]) and len(set(whole.tolist())) > 1
+    assert torch.equal(torch.cat([p4.predict([net], b) for b in images[:60].split(7)]), whole[:60])
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(2, 3, 28, 28), torch.zeros(0, 3, 28, 28).byte(), "a folder", [1]]
+)
+def test_images_that_cannot_be_predicted(images):
+    with pytest.raises(ValueError, match="images: found"):
+        p4.predict(Fixed(), images)
+
+
+def test_accuracy():
+    assert p4.accuracy(Fixed(d3=1.0), tensors(20)[0][:8], torch.tensor([3, 3, 1, 3, 2, 5, 6, 7])) == 3 / 8
+
+
+# ------------------------------------------------------------------ --mode predict and eval
+
+
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
-    """A small network after four steps towards SVHN."""
+    """A small network after two steps towards SVHN."""
     path = tmp_path_factory.mktemp("ckpt") / "tiny.pt"
-    run(f"--mode train --target svhn --steps 4 --ckpt {path}", *TINY)
+    args = parse("--method dann --arch small --batch-size 8 --steps 2 --ckpt", path)
+    p4.train(args, *tensors(20), tensors(20, 1)[0])
     return path
 
 
@@ -65,23 +892,16 @@ def saved(path, state, **changes):
     return path
 
 
-@pytest.fixture
-def few_images(monkeypatch):
-    original = common.load_digits
-
-    def load_digits(root, domain, split):
-        images, labels = original(root, domain, split)
-        return images[:300], labels[:300]
-
-    monkeypatch.setattr(common, "load_digits", load_digits)
+def settings(state, **changes):
+    return {**state["args"], **changes}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Ten built-in house numbers as digits/svhn/test/NNNNN.png."""
+    """Ten random images as digits/svhn/test/NNNNN.png."""
     path = tmp_path / "digits" / "svhn" / "test"
     path.mkdir(parents=True)
-    for i, image in enumerate(common.load_digits(None, "svhn", "val")[0][:10]):
+    for i, image in enumerate(tensors(10)[0]):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path / f"{i:05d}.png")
     return path
 
@@ -92,421 +912,9 @@ def rows(path):
 
 
 def predicted(ckpts, folder, out, *options):
-    run(
-        "--mode predict --device cpu --input", folder, "--out", out, "--ckpt", *np.atleast_1d(ckpts), *options
-    )
+    words = ["--input", folder, "--out", out, "--ckpt", *np.atleast_1d(ckpts), *options]
+    run("--mode predict --device cpu", *words)
     return rows(out)
-
-
-# ------------------------------------------------------------------ losses and schedules
-
-
-def test_gradient_reversal_against_autograd_by_hand():
-    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(3, dtype=torch.float64)
-    y = p4.ReverseGradient.apply(x, 0.7)
-    assert torch.equal(y, x)
-    (gradient,) = torch.autograd.grad((y @ w).sin().sum(), x)
-    (plain,) = torch.autograd.grad((x @ w).sin().sum(), x)
-    assert torch.allclose(gradient, -0.7 * plain, atol=1e-15)
-    assert torch.allclose(plain, (x @ w).cos()[:, None] * w, atol=1e-12)
-
-
-@pytest.mark.parametrize("arch", ("deep", "small", "paper"))
-def test_domain_loss_trains_the_head_and_reverses_the_features(arch):
-    net = p4.Net(arch).eval()
-    width = next(m for m in net.domain.modules() if isinstance(m, nn.Linear)).in_features
-    source = torch.randn(6, width, requires_grad=True)
-    target = torch.randn(4, width, requires_grad=True)
-
-    def gradients(lambda_):
-        loss = p4.domain_loss(net, source, target, lambda_)
-        return loss, torch.autograd.grad(loss, [source, target, *net.domain.parameters()])
-
-    loss, one = gradients(1.0)
-    _, half = gradients(0.5)
-    _, none = gradients(0.0)
-    assert loss.item() == pytest.approx(math.log(2), abs=0.5)
-    for a, b, c in zip(one[:2], half[:2], none[:2]):
-        assert torch.allclose(b, a / 2) and not c.any() and a.any()
-    for a, b in zip(one[2:], none[2:]):
-        assert torch.equal(a, b) and a.any()  # the head itself learns at full rate, whatever lambda
-    with torch.no_grad():  # a step along the reversed gradient makes the domains harder to tell apart
-        closer = p4.domain_loss(net, source - 0.5 * one[0], target - 0.5 * one[1], 1.0)
-    assert closer > loss
-
-
-def test_schedules():
-    assert p4.reversal(0) == 0 and p4.reversal(1) == pytest.approx(0.9999092, abs=1e-7)
-    assert p4.reversal(0.5) == pytest.approx(math.tanh(2.5))  # 2 / (1 + e^-10p) - 1 = tanh(5p)
-    dann = p4.parse_args(["--method", "dann"])
-    rates = [p4.learning_rate(dann, step, 1000) for step in (1, 50, 501)]
-    assert rates == pytest.approx([1e-5, 5e-4 * 1.49**-0.75, 1e-3 * 6**-0.75])
-    assert p4.learning_rate(p4.parse_args([]), 751, 1000) == pytest.approx(2.5e-4)
-
-
-def test_consistency_counts_sure_images_only():
-    logits = [[5.0] + [0.0] * 9, [0.0, 9.0] + [0.0] * 8, [1.0] + [0.0] * 9]
-    teacher = torch.tensor(logits).softmax(1)
-    student = torch.randn(3, 10)
-    loss, sure = p4.consistency_loss(student, teacher, 0.9)
-    assert (teacher.amax(1) > 0.9).tolist() == [True, True, False] and sure.item() == pytest.approx(2 / 3)
-    expected = -(student.log_softmax(1)[0, 0] + student.log_softmax(1)[1, 1]) / 3
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-def test_distribution_alignment():
-    p = torch.tensor([[0.5, 0.4] + [0.1 / 8] * 8, [0.1] * 10])
-    marginal = torch.tensor([0.4, 0.1] + [0.5 / 8] * 8)
-    assert torch.allclose(p4.align(p, marginal, 0.0), p)
-    assert torch.allclose(p4.align(p, torch.full((10,), 0.1), 0.5), p)
-    aligned = p4.align(p, marginal, 0.5)
-    assert torch.allclose(aligned.sum(1), torch.ones(2)) and aligned[0].argmax() == 1  # the rarer digit wins
-    ratio = (aligned[0, 0] / aligned[0, 1]).item()
-    assert ratio == pytest.approx(0.5 / 0.4 * (0.1 / 0.4) ** 0.5, rel=1e-5)
-    assert p4.align(p, torch.eye(10)[0], 0.5).isfinite().all()
-
-
-def test_parameter_counts():
-    counts = {arch: sum(p.numel() for p in p4.Net(arch).parameters()) for arch in p4.ARCHS}
-    assert counts["small"] == 355_164 and counts["paper"] == 976_651
-    assert f"{counts['deep']:,}" in p4.Net.__doc__
-    assert sum(p.numel() for p in p4.Net().parameters()) == counts["deep"]
-    with pytest.raises(ValueError, match="expected deep, small, paper"):
-        p4.Net("vgg")
-
-
-@pytest.mark.parametrize("arch", ("deep", "small", "paper"))
-def test_network_ignores_colour_brightness_and_contrast(arch):
-    net = p4.Net(arch).eval()
-    x = torch.rand(4, 3, 28, 28)
-    with torch.inference_mode():
-        assert torch.allclose(net(10 * x), net(20 * x + 7), atol=0.02)
-        assert torch.allclose(net(x), net(x.flip(1)), atol=1e-4)
-
-
-def test_augmentation():
-    torch.manual_seed(0)
-    x = torch.rand(200, 3, 28, 28) * 1.6 - 0.8
-    y = p4.augment(x, 1.0)
-    assert y.shape == x.shape and torch.equal(y[:, 0], y[:, 2]) and not torch.equal(y, p4.augment(x, 1.0))
-    grey = x[:, :1].expand_as(x)  # strength 0: the image itself or its negative
-    assert ((p4.augment(grey, 0.0).abs() - grey.abs()).abs() < 1e-4).all()
-    flat = torch.full((400, 3, 28, 28), 0.5)  # half of the images as negatives
-    assert 0.4 < (p4.augment(flat, 1.0).mean((1, 2, 3)) < 0).float().mean() < 0.6
-    hidden = (p4.cutout(x) != x).any(1).float().mean((1, 2))
-    assert 0 < hidden.max() <= (11 / 28) ** 2 and hidden.std() > 0
-
-
-def test_neighbours():
-    levels = torch.linspace(0.1, 0.9, 400)
-    x = levels.view(-1, 1, 1, 1).expand(-1, 3, 28, 28)
-    widths = set()
-    for seed in range(20):
-        torch.manual_seed(seed)
-        y = p4.augment(x, 0.0, neighbours=True)[:, 0].abs()  # no affine map
-        assert torch.allclose(y[:, 14, 14], levels, atol=1e-5)
-        own = ((y - levels[:, None, None]).abs() < 1e-4).sum(2)  # pixels of a row that are the image's own
-        others = own[:, 0] < 28
-        assert (own == own[:, :1]).all()
-        if others.any():
-            assert 0.4 < others.float().mean() < 0.6
-            assert torch.allclose(y[others, 0, 0], levels.roll(1)[others], atol=1e-5)
-            assert torch.allclose(y[others, 0, 27], levels.roll(2)[others], atol=1e-5)
-        widths.add(own.min().item())
-    assert widths == {20, 22, 24, 26, 28}
-
-
-def test_a_digit_lost_in_the_mean_is_found_in_the_views():
-    """As in MNIST-M the digit is the photograph's negative. Here the mean of the channels is mid-grey."""
-    photograph = torch.tensor([0.6, -0.6, 0.0]).view(1, 3, 1, 1).expand(2, 3, 28, 28)
-    digit = torch.zeros(2, 1, 28, 28, dtype=torch.bool)
-    digit[0, :, 4:24, 12:16] = True
-    digit[1, :, 4:24, 8:20] = True
-    x = torch.where(digit, -photograph, photograph)
-    assert x.mean(1).abs().max() < 1e-6
-    views = p4.colour_views(x).view(6, 2, 3, 28, 28)
-    assert torch.equal(views[:, :, 0], views[:, :, 2])  # grey
-    contrast = views.std((2, 3, 4))
-    assert (contrast[2] == 0).all() and (contrast[[0, 1, 3, 4, 5]] > 0.3).all()  # blue is mid-grey, too
-    net = p4.build(p4.parse_args(["--method", "dann-mt", *TINY])).eval()
-    with torch.inference_mode():
-        seen = net(x)
-        each = torch.stack([net.label(net.embed(view)) for view in views])
-        assert torch.allclose(seen.softmax(1), each.log_softmax(2).mean(0).softmax(1), atol=1e-5)
-        blind = p4.build(p4.parse_args(["--method", "dann", *TINY])).eval()(x)
-    assert (seen[0] - seen[1]).abs().max() > 1e-4  # an untrained network tells them apart
-    assert (blind[0] - blind[1]).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("method", ["dann", "dann-mt"])
-def test_batchnorm_statistics_are_not_mixed(method):
-    """Each pass holds one domain alone, and the EMA network, which predicts, sees the target only."""
-    args = p4.parse_args(["--method", method, "--target", "svhn", *TINY])
-    model = p4.build(args)
-    x = torch.rand(8, 3, 28, 28)
-    y = torch.arange(8)
-    targets = [-(torch.rand(8, 3, 28, 28) ** k) for k in (1, 4)]
-    start = copy.deepcopy(model.state_dict())
-
-    def statistics(x, u):
-        torch.manual_seed(1)
-        ema = p4.build(args)
-        ema.load_state_dict(start)
-        p4.teaching(ema)
-        p4.losses(args, model, ema, x, y, u, 0.5)
-        return torch.cat([b.flatten().float() for name, b in ema.named_buffers() if "running" in name])
-
-    one = statistics(x, targets[0])
-    assert torch.equal(one, statistics(x**3, targets[0]))
-    assert not torch.allclose(one, statistics(x, targets[1]))
-    sizes = []
-    hook = model.features.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    p4.losses(args, model, p4.build(args), x, y, targets[0][:5], 0.5)
-    hook.remove()
-    assert sizes == [8, 5]
-
-
-def test_ema_averages_parameters_and_copies_buffers_on_demand():
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    ema = copy.deepcopy(model)
-    nn.init.constant_(model[0].weight, 2.0)
-    nn.init.constant_(ema[0].weight, 1.0)
-    model[1].running_mean.fill_(5.0)
-    p4.update_ema(ema, model, 10**6, buffers=False)
-    assert torch.allclose(ema[0].weight, torch.tensor(1.01)) and not ema[1].running_mean.any()
-    p4.update_ema(ema, model, 1, buffers=True)
-    assert torch.equal(ema[0].weight, model[0].weight) and ema[1].running_mean.tolist() == [5.0] * 3
-
-
-# ------------------------------------------------------------------ training
-
-
-@pytest.fixture
-def all_pseudo_labels_count(monkeypatch):
-    """From the first step, however unsure the teacher: a few steps of training would have none."""
-    monkeypatch.setattr(p4, "THRESHOLD", 0.0)
-    monkeypatch.setattr(p4, "START", -1.0)
-
-
-@pytest.mark.parametrize("method", p4.METHODS)
-@pytest.mark.usefixtures("all_pseudo_labels_count")
-def test_resume_is_bit_equal(method, tmp_path, monkeypatch):
-    """Six steps at once, and Ctrl-C after three with --resume: every tensor and the random state agree."""
-    options = ["--method", method, "--target", "svhn", "--steps", "6", *TINY]
-    sets = tensors(40)
-    if method.startswith("dann"):
-        sets = (*sets, tensors(30, 1)[0])
-
-    def train(name, *more):
-        p4.train(p4.parse_args([*options, "--ckpt", str(tmp_path / name), *more]), *sets)
-
-    train("whole.pt")
-    original = p4.update_ema
-
-    def interrupted(ema, model, step, **more):
-        original(ema, model, step, **more)
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    before = signal.getsignal(signal.SIGINT)
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(KeyboardInterrupt, match="step 3; go on with --resume"),
-    ):
-        patch.setattr(p4, "update_ema", interrupted)
-        train("parts.pt")
-    assert signal.getsignal(signal.SIGINT) is before
-    assert load(tmp_path / "parts.pt")["step"] == 3
-    train("parts.pt", "--resume")
-    a = load(tmp_path / "whole.pt")
-    b = load(tmp_path / "parts.pt")
-    assert all((row["sure"] == 1) == (method == "dann-mt") for row in a["log"])  # pseudo-labels took part
-    assert a["step"] == b["step"] == 6 and torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
-    assert equal(a["model"], b["model"]) and equal(a["ema"], b["ema"])
-    for i, moments in a["optim"]["state"].items():
-        assert equal(moments, b["optim"]["state"][i])
-    assert not equal(a["model"], a["ema"])
-    log = (tmp_path / "parts.log.csv").read_text()
-    columns = "step,class_loss,adaptation_loss,sure,gradient,images_per_s,seconds"
-    assert re.match(rf"{columns}\n3,.*\n6,.*\n$", log)
-
-
-@pytest.mark.slow
-def test_adaptation_beats_source_only_on_the_built_in_digits(tmp_path):
-    images, labels = common.load_digits(None, "svhn", "val")
-    accuracy = {}
-    for method in ("source", "dann-mt"):
-        path = tmp_path / f"{method}.pt"
-        run(f"--mode train --target svhn --method {method} --fast --device cpu --ckpt {path}")
-        accuracy[method] = p4.accuracy(p4.load_model(path)[0], images, labels)
-    assert accuracy["dann-mt"] > accuracy["source"] + 0.03 > 0.33
-
-
-@pytest.mark.parametrize("method", ["dann", "dann-mt"])
-@pytest.mark.usefixtures("all_pseudo_labels_count", "few_images")
-def test_target_labels_are_not_used(method, tmp_path, monkeypatch):
-    """Shuffled target labels give the same networks."""
-    original = common.load_digits
-
-    def shuffled(root, domain, split):
-        images, labels = original(root, domain, split)
-        if domain == "svhn":
-            labels = labels.flip(0)
-        return images, labels
-
-    states = []
-    for reader in (original, shuffled):
-        monkeypatch.setattr(common, "load_digits", reader)
-        path = tmp_path / f"{reader.__name__}.pt"
-        run(f"--mode train --target svhn --method {method} --steps 2 --ckpt {path}", *TINY)
-        states.append(load(path)["ema"])
-    assert equal(*states)
-
-
-def test_existing_checkpoint_is_not_overwritten(ckpt, error):
-    before = ckpt.read_bytes()
-
-    def message(text):
-        return error(run, f"--mode train --target svhn --ckpt {ckpt} {text}", *TINY)
-
-    assert "--resume" in message("--steps 4")
-    assert "lr 0.5 (checkpoint: 0.001)" in message("--steps 4 --resume --lr 0.5")
-    assert "unlabelled usps (checkpoint: svhn)" in message("--steps 4 --resume --target usps")
-    longer = message("--steps 8 --resume")
-    assert "steps 8 (checkpoint: 4)" in longer and "learning rate depend" in longer
-    assert ckpt.read_bytes() == before
-
-
-def test_checkpoints_that_cannot_be_gone_on_with(state, tmp_path, error):
-    def message(path):
-        return error(run, f"--mode train --target svhn --steps 4 --resume --ckpt {path}", *TINY)
-
-    averaged = {key: state[key] for key in ("script", "args", "ema")}
-    assert "averaged network alone" in message(saved(tmp_path / "ema.pt", averaged))
-    older = saved(tmp_path / "older.pt", state, log=[(4, 2.3, 0.7, 0.0, 100.0, 1.0)])
-    assert "earlier" in message(older)
-    broken = {**state["model"], "features.0.0.weight": torch.full((64, 3, 5, 5), math.nan)}
-    assert "not finite" in message(saved(tmp_path / "nan.pt", state, model=broken))
-
-
-def test_resume_understands_names_of_ddp(tmp_path):
-    """Weights named by DistributedDataParallel or torch.compile go on to the same network."""
-    options = ["--method", "source", "--steps", "4", *TINY]
-    p4.train(p4.parse_args([*options, "--ckpt", str(tmp_path / "a.pt")]), *tensors(40))
-    state = load(tmp_path / "a.pt")
-    states = []
-    for prefix in ("", "module.", "_orig_mod.module."):
-        path = tmp_path / f"{prefix}model.pt"
-        renamed = {part: {prefix + k: v for k, v in state[part].items()} for part in ("model", "ema")}
-        saved(path, state, step=2, **renamed)
-        p4.train(p4.parse_args([*options, "--resume", "--ckpt", str(path)]), *tensors(40))
-        states.append(load(path)["ema"])
-    assert equal(states[0], states[1]) and equal(states[0], states[2])
-
-
-def test_nan_stops_the_run_and_keeps_the_checkpoint(state, tmp_path, capsys):
-    path = saved(tmp_path / "nan.pt", state, step=2)
-    before = load(path)
-    before["optim"]["state"][0]["exp_avg"].fill_(math.nan)
-    torch.save(before, path)
-    before = path.read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        run(f"--mode train --target svhn --resume --steps 4 --ckpt {path}", *TINY)
-    assert stop.value.code == 1 and "'class_loss': nan" in capsys.readouterr().err
-    assert path.read_bytes() == before
-
-
-@pytest.mark.usefixtures("few_images")
-def test_oracle_is_marked_as_a_leak(tmp_path, capsys):
-    text = "--mode train --target usps --steps 3 --ckpt"
-    run(text, tmp_path / "a.pt", "--oracle", *TINY)
-    out = capsys.readouterr().out
-    assert re.search(r"oracle, a LEAK of target labels: [\d.]+ % at step \d, the best of 3 evaluations", out)
-    run(text, tmp_path / "b.pt", *TINY)
-    out = capsys.readouterr().out
-    assert "LEAK" not in out and re.search(r"usps val accuracy [\d.]+ %", out)
-    assert equal(load(tmp_path / "a.pt")["ema"], load(tmp_path / "b.pt")["ema"])  # looking changes nothing
-
-
-def test_the_callers_look_sees_the_network_20_times(tmp_path):
-    args = p4.parse_args(["--method", "source", "--steps", "25", "--ckpt", str(tmp_path / "a.pt"), *TINY])
-    seen = []
-
-    def evaluate(network, step):
-        seen.append(step)
-        assert not network.training
-
-    network = p4.train(args, *tensors(20), evaluate=evaluate)
-    assert len(seen) == 20 and seen[-1] == 25 and not network.training
-
-
-@pytest.mark.parametrize(
-    "method, images, labels, target, what",
-    [
-        ("source", torch.zeros(4, 3, 28, 28), torch.zeros(4).long(), None, "images: found torch.float32"),
-        ("source", torch.zeros(4, 3, 32, 32).byte(), torch.zeros(4).long(), None, "images: found"),
-        ("source", torch.zeros(0, 3, 28, 28).byte(), torch.zeros(0).long(), None, "images: found"),
-        ("source", tensors(4)[0], torch.zeros(4), None, "labels: found torch.float32"),
-        ("source", tensors(4)[0], torch.full((4,), 10), None, "labels: found"),
-        ("source", *tensors(4), tensors(4)[0], "target: found images, expected None"),
-        ("dann", *tensors(4), None, "target: found None"),
-        ("dann", *tensors(4), torch.zeros(4, 3, 28, 28), "target: found torch.float32"),
-    ],
-)
-def test_tensors_that_cannot_be_trained_on(method, images, labels, target, what, tmp_path):
-    args = p4.parse_args(["--method", method, "--ckpt", str(tmp_path / "a.pt"), *TINY])
-    with pytest.raises(ValueError, match=what):
-        p4.train(args, images, labels, target)
-    assert os.listdir(tmp_path) == []
-
-
-def test_trains_in_another_thread(tmp_path):
-    """Signal handlers belong to the main thread; an importer may train elsewhere."""
-    args = p4.parse_args(["--method", "source", "--steps", "1", "--ckpt", str(tmp_path / "a.pt"), *TINY])
-    thread = threading.Thread(target=p4.train, args=(args, *tensors(20)))
-    thread.start()
-    thread.join()
-    assert load(tmp_path / "a.pt")["step"] == 1
-
-
-def test_checkpoints_without_pt_have_logs_of_their_own(tmp_path):
-    for name in ("model.s0", "model.s1"):
-        args = p4.parse_args(["--method", "source", "--steps", "1", "--ckpt", str(tmp_path / name), *TINY])
-        p4.train(args, *tensors(20))
-    assert sorted(os.listdir(tmp_path)) == ["model.s0", "model.s0.log.csv", "model.s1", "model.s1.log.csv"]
-
-
-def test_a_failed_save_leaves_the_log_beside_its_checkpoint(tmp_path, monkeypatch):
-    """The log is written after the checkpoint, so it is never ahead of it."""
-    options = ["--method", "source", "--steps", "2", "--ckpt", str(tmp_path / "model.pt"), *TINY]
-    p4.train(p4.parse_args(options), *tensors(20))
-    torch.save({**load(tmp_path / "model.pt"), "step": 1}, tmp_path / "model.pt")
-    before = (tmp_path / "model.log.csv").read_text()
-
-    def full_disk(*_):
-        raise RuntimeError("no space left")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space left"):
-        p4.train(p4.parse_args([*options, "--resume"]), *tensors(20))
-    assert (tmp_path / "model.log.csv").read_text() == before
-
-
-def test_ctrl_c_saves_and_exits_130(tmp_path):
-    path = tmp_path / "stopped.pt"
-    command = [sys.executable, str(ROOT / "p4_dann.py"), "--mode", "train", "--ckpt", str(path), *TINY]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "images, cpu" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
-    assert load(path)["step"] >= 1
-
-
-# ------------------------------------------------------------------ predict and eval
 
 
 def test_predictions_follow_the_graders_format(ckpt, folder, tmp_path):
@@ -514,40 +922,17 @@ def test_predictions_follow_the_graders_format(ckpt, folder, tmp_path):
     table = predicted(ckpt, folder, out)
     assert table[0] == ["image_name", "label"]
     assert [name for name, _ in table[1:]] == sorted(os.listdir(folder))
-    assert all(label in list("0123456789") for _, label in table[1:])
+    model, _ = p4.load_model(ckpt)
+    assert [int(label) for _, label in table[1:]] == p4.predict(model, tensors(10)[0]).tolist()
     assert b"\r" not in out.read_bytes() and os.listdir(out.parent) == ["pred.csv"]
 
 
-def test_prediction_does_not_depend_on_batch_or_order(ckpt):
-    model, _ = p4.load_model(ckpt)
-    images = common.load_digits(None, "svhn", "val")[0][:1100]
-    whole = p4.predict([model], images)
-    order = torch.randperm(1100)
-    assert torch.equal(p4.predict([model], images[order]), whole[order])
-    assert torch.equal(torch.cat([p4.predict([model], b) for b in images[:120].split(7)]), whole[:120])
-    with pytest.raises(ValueError, match="images: found torch.float32"):
-        p4.predict([model], images.float())
-
-
-def test_vote():
-    class Fixed(nn.Module):
-        def __init__(self, digit, logit):
-            super().__init__()
-            self.logits = nn.Parameter(torch.zeros(10).index_fill(0, torch.tensor(digit), logit))
-
-        def forward(self, x):
-            return self.logits.expand(len(x), 10)
-
-    images = torch.zeros(3, 3, 28, 28, dtype=torch.uint8)
-    models = [Fixed(2, 1.0), Fixed(2, 1.0), Fixed(7, 9.0)]
-    assert p4.predict(models, images).tolist() == [2, 2, 2]  # two votes beat one sure network
-    assert p4.predict(models[1:], images).tolist() == [7, 7, 7]  # a tie: the higher mean probability
-
-
-def test_vote_of_checkpoints(ckpt, folder, tmp_path):
-    other = tmp_path / "other.pt"
-    run(f"--mode train --target svhn --steps 1 --seed 5 --ckpt {other}", *TINY)
+def test_vote_of_checkpoints(ckpt, state, folder, tmp_path):
     one = predicted(ckpt, folder, tmp_path / "one.csv")
+    digit = (int(one[1][1]) + 1) % 10
+    assert "label.5.3.bias" in state["ema"]
+    weights = {**state["ema"], "label.5.3.bias": torch.eye(10)[digit] * 1e4}
+    other = saved(tmp_path / "other.pt", state, ema=weights)  # sees this digit alone
     two = predicted(other, folder, tmp_path / "one.csv")
     assert one != two and predicted([ckpt, other, other], folder, tmp_path / "three.csv") == two
 
@@ -567,45 +952,43 @@ def test_domain_of_path(path, domain):
     assert p4.domain_of(path) == domain
 
 
+def test_the_path_names_the_weights(tmp_path, error, monkeypatch):
+    """The course's source of the target that --input names; else --target or --ckpt is needed."""
+    monkeypatch.chdir(tmp_path)
+    for domain, source in p4.SOURCE.items():
+        args = p4.parse_args(["--mode", "predict", "--input", f"digits/{domain}/test"])
+        assert os.path.basename(args.ckpt) == f"p4_dann-mt_{source}_{domain}_deep_0.pt"
+        assert args.target == domain
+    assert "pass --target or --ckpt" in error(run, "--mode predict --input", "images")
+    assert "needs --input" in error(run, "--mode predict")
+
+
 def test_images_are_read_as_all_scripts_read_them(ckpt, folder, tmp_path, capsys):
     """Every mode and size gives common.read_image's pixels; damaged and hidden files do not stop the rest."""
     digit = Image.open(folder / "00003.png").convert("L")
     grey = np.asarray(digit)
     mixed = tmp_path / "svhn"
     mixed.mkdir()
-    ink = Image.new("RGBA", (28, 28), (0, 0, 0, 0))
-    ink.paste((90, 0, 0, 128), (10, 4, 18, 24))
     files = {
         "a.png": digit,
         "b.png": digit.convert("RGB"),
-        "c.png": digit.convert("P"),
         "d.png": Image.fromarray(grey.astype(np.uint16) * 257),
-        "e.tif": Image.fromarray(grey.astype(np.int32)),
-        "f.tif": Image.fromarray(grey.astype(np.float32) / 255),
         "g.bmp": digit.resize((56, 56), Image.Resampling.NEAREST),
-        "h.png": ink,
         "i.tif": digit.convert("CMYK"),
-        "j.webp": digit,
     }
     for name, image in files.items():
         image.save(mixed / name)
     (mixed / "notes.txt").write_text("mine")
-    (mixed / "more").mkdir()
     (mixed / "damaged.png").write_bytes((mixed / "b.png").read_bytes()[:100])
-    (mixed / "empty.png").write_bytes(b"")
-    for hidden in (".DS_Store", "._a.png"):
-        (mixed / hidden).write_bytes(b"\0\5\26\7")
-
+    (mixed / "._a.png").write_bytes(b"\0\5\26\7")
     names, images = p4.read_folder(mixed)
-    assert names == list(files) and images.shape == (10, 3, 28, 28)
+    assert names == list(files) and images.shape == (5, 3, 28, 28)
     for name, image in zip(names, images):
         assert np.array_equal(common.read_image(mixed / name, (28, 28)), image.permute(1, 2, 0).numpy())
-    for name in ("b.png", "c.png", "e.tif", "f.tif"):  # the same picture
-        assert (images[names.index(name)].int() - images[0].int()).abs().max() <= 1, name
+    assert torch.equal(images[0], images[1])
     err = capsys.readouterr().err
-    assert err.count("skipped") == 2 and "damaged.png" in err and "empty.png" in err
-    assert "notes.txt" in err and "more" in err and "._a.png" not in err and "DS_Store" not in err
-    assert len(predicted(ckpt, mixed, tmp_path / "pred.csv")) == 11
+    assert err.count("skipped") == 1 and "damaged.png" in err and "notes.txt" in err and "._a.png" not in err
+    assert len(predicted(ckpt, mixed, tmp_path / "pred.csv")) == 6
 
 
 def test_warns_of_another_target(ckpt, folder, tmp_path, capsys):
@@ -615,94 +998,19 @@ def test_warns_of_another_target(ckpt, folder, tmp_path, capsys):
     assert "was adapted to svhn, the images are of usps" in capsys.readouterr().err
 
 
-def test_out_that_is_a_folder_is_named_as_given(ckpt, folder, tmp_path, error):
-    out = tmp_path / "results"
-    out.mkdir()
-    message = error(predicted, ckpt, folder, out)
-    assert str(out) in message and "folder" in message and ".tmp" not in message
-    (tmp_path / "file").write_text("x")
-    assert str(tmp_path / "file" / "pred.csv") in error(
-        predicted, ckpt, folder, tmp_path / "file" / "pred.csv"
-    )
+def test_bad_folders(ckpt, folder, tmp_path, error):
+    def message(path):
+        return error(predicted, ckpt, path, tmp_path / "pred.csv")
 
-
-def test_weights_named_by_ddp_or_compile_and_broken_ones(state, folder, tmp_path, error):
-    reference = predicted(saved(tmp_path / "a.pt", state), folder, tmp_path / "a.csv")
-    names = {f"module._orig_mod.{name}": value for name, value in state["ema"].items()}
-    assert predicted(saved(tmp_path / "ddp.pt", state, ema=names), folder, tmp_path / "b.csv") == reference
-    half = {k: v.half() if v.is_floating_point() else v for k, v in state["ema"].items()}
-    small = {"script": state["script"], "args": state["args"], "ema": half}  # as in .weights/
-    assert len(predicted(saved(tmp_path / "half.pt", small), folder, tmp_path / "c.csv")) == 11
-
-    def message(**weights):
-        path = saved(tmp_path / "bad.pt", state, ema={**state["ema"], **weights})
-        return error(predicted, path, folder, tmp_path / "d.csv")
-
-    for value in (math.nan, math.inf):
-        assert "not finite" in message(**{"features.0.0.weight": torch.full((64, 3, 5, 5), value)})
-    wrong = message(**{"features.0.0.weight": torch.zeros(32, 3, 5, 5)})
-    assert "(32, 3, 5, 5), expected (64, 3, 5, 5)" in wrong
-    assert "not this network's" in message(another=torch.zeros(3))
-    assert not (tmp_path / "d.csv").exists()
-
-
-ALONE = """
-import sys
-for name in ("tqdm", "matplotlib", "sklearn", "scipy", "common"): sys.modules[name] = None
-import torch, p4_dann as p4
-images, labels = torch.randint(256, (50, 3, 28, 28), dtype=torch.uint8), torch.arange(50) % 10
-for method, target in (("source", None), ("dann-mt", images.flip(0))):
-    args = p4.parse_args(["--method", method, "--ckpt", method, *OPTIONS])
-    before = vars(args).copy()
-    network = p4.train(args, images, labels, target)
-    assert vars(args) == before
-    model, settings = p4.load_model(method)
-    assert settings.arch == "small" and not model.training
-    assert torch.equal(p4.predict([model], images), p4.predict([network], images))
-assert p4.predict([model, network], images).shape == (50,)
-try:
-    p4.train(args, images, labels, images)
-except ValueError as e:
-    assert "--resume" in str(e)
-try:
-    p4.parse_args(["--steps", "0"])
-except ValueError as e:
-    assert "--steps" in str(e)
-"""
-
-
-def test_the_file_copied_alone_trains_and_predicts(tmp_path):
-    shutil.copy(ROOT / "p4_dann.py", tmp_path)
-    code = f"OPTIONS = {[*TINY, '--steps', '2']}{ALONE}"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "dann-mt.log.csv").is_file()
-
-
-def test_the_scripts_own_folder_has_weights(ckpt, folder, tmp_path, monkeypatch, capsys, error):
-    """Without --ckpt: checkpoints/ here, else .weights/ beside the script, else beside it."""
-    script = tmp_path / "script"
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.setattr(p4, "__file__", str(script / "p4_dann.py"))
-    monkeypatch.chdir(here)
-    command = f"--mode predict --device cpu --input {folder}"
-    places = (script, script / ".weights", here / "checkpoints")
-    for place in places:
-        place.mkdir()
-        path = place / "p4_dann-mt_mnistm_svhn_deep_0.pt"
-        shutil.copy(ckpt, path)
-        run(command)
-        used = re.search("weights: (.*)", capsys.readouterr().out)[1]
-        assert (here / used).resolve() == path.resolve()
-    for place in places:
-        shutil.rmtree(place, ignore_errors=True)
-    wanted = "--mode train --method dann-mt --source mnistm --target svhn --arch deep --seed 0 --data DIR"
-    assert f"{wanted} --ckpt checkpoints/p4_dann-mt" in error(run, command)
-    wanted = error(run, f"{command} --report 2022b --seed 2").split("p4_dann.py ")[1]
-    args = p4.parse_args(wanted.replace("DIR", "data").split())
-    assert (args.report, args.arch, args.seed) == ("2022b", "small", 2)
-    assert args.ckpt == f"checkpoints/{args.name}.pt"
+    empty = tmp_path / "usps"
+    empty.mkdir()
+    assert "found no image" in message(empty)
+    assert "no such folder" in message(tmp_path / "svhn_none")
+    pictures = shutil.copytree(folder, tmp_path / "pictures")  # a named checkpoint needs no named domain
+    assert len(predicted(ckpt, pictures, tmp_path / "pred.csv")) == 11
+    new = tmp_path / "new.pt"
+    assert "looked for" in error(run, f"--mode train --data {tmp_path / 'digits'} --ckpt {new}")
+    assert not new.exists()
 
 
 def test_eval_reads_what_predict_wrote_of_any_name(ckpt, tmp_path, capsys):
@@ -762,59 +1070,75 @@ def test_eval_says_which_labels_are_no_digits(label, tmp_path, capsys):
         assert f"odd.csv: 1 of 2 labels are no plain digits ({label!r})" in captured.err
 
 
-# ------------------------------------------------------------------ table and t-SNE
+# ------------------------------------------------------------------ --mode train, table and tsne
+
+
+@pytest.fixture
+def digits(monkeypatch):
+    """Each domain has 30 random images of its own for training and 20 for validation."""
+
+    def load_digits(root, domain, split):
+        assert root is None
+        return tensors(30 if split == "train" else 20, p4.DOMAINS.index(domain))
+
+    monkeypatch.setattr(common, "load_digits", load_digits)
+
+
+@pytest.mark.usefixtures("digits")
+def test_mode_train(tmp_path, capsys):
+    path = tmp_path / "a.pt"
+    run(f"--mode train --method dann --target svhn --steps 1 --ckpt {path}", *TINY)
+    model, args = p4.load_model(path)
+    assert (args.labelled, args.unlabelled, args.training) == ("mnistm", "svhn", "dann")
+    share = 100 * p4.accuracy(model, *tensors(20, 1))
+    assert f"svhn val accuracy {share:.2f} % (20 images" in capsys.readouterr().out
 
 
 def table(tmp_path, *more):
-    text = f"--mode table --ckpt {tmp_path / 'nets'} --out {tmp_path / 'table'}"
-    run(text, *TINY, *more)
+    text = f"--mode table --ckpt {tmp_path / 'nets'} --out {tmp_path / 'table'} --device cpu --batch-size 8"
+    run(text, *more)
 
 
-@pytest.mark.usefixtures("few_images")
+@pytest.mark.usefixtures("digits")
 def test_table(tmp_path, capsys):
     options = ["--scenarios", "mnistm-usps", "svhn-usps", "--seeds", "0", "1", "0", "--steps", "2"]
+    options += ["--arch", "small"]
     table(tmp_path, *options, "--methods", "source", "target")
     nets = sorted((tmp_path / "nets").glob("*.pt"))
-    expected = [f"p4_plain_{d}_small_{s}.pt" for d in ("mnistm", "svhn", "usps") for s in (0, 1)]
+    expected = [f"p4_source_{d}_small_{s}.pt" for d in ("mnistm", "svhn", "usps") for s in (0, 1)]
     assert [path.name for path in nets] == expected
     times = [path.stat().st_mtime_ns for path in nets]
     state = load(nets[0])
     torch.save({**state, "step": 1}, nets[0])  # interrupted: is gone on with
     capsys.readouterr()
-    table(tmp_path, *options)
+    table(tmp_path, *options, "--methods", "source", "dann", "target")
     text = capsys.readouterr().out
     assert load(nets[0])["step"] == 2
     assert [path.stat().st_mtime_ns for path in nets[1:]] == times[1:]  # what is there is not trained again
     assert re.search(r"\| Trained on source \| [\d.]+ ± [\d.]+ \| [\d.]+ ± [\d.]+ \|", text)
     assert (tmp_path / "table" / "table.md").read_text(encoding="utf-8").strip() in text
     results = json.loads((tmp_path / "table" / "table.json").read_text())
-    assert list(results) == list(p4.METHODS)
-    assert [cell["seed"] for cell in results["dann"]["svhn-usps"]] == [0, 1]
+    assert list(results) == ["source", "dann", "target"] and "mnistm → usps (20)" in text
+    cells = results["dann"]["svhn-usps"]
+    assert [cell["seed"] for cell in cells] == [0, 1]
+    assert cells[1]["ckpt"] == str(tmp_path / "nets" / "p4_dann_svhn_usps_small_1.pt")
+    assert cells[1]["accuracy"] == p4.accuracy(p4.load_model(cells[1]["ckpt"])[0], *tensors(20, 2))
     assert results["target"]["mnistm-usps"] == results["target"]["svhn-usps"]
-    assert "mnistm → usps (300)" in text
 
 
-@pytest.mark.usefixtures("few_images")
+def test_mean_and_sd():
+    assert p4.mean_and_sd([{"accuracy": 0.5}]) == "50.0"
+    assert p4.mean_and_sd([{"accuracy": a} for a in (0.5, 0.52, 0.54)]) == "52.0 ± 2.0"
+
+
+@pytest.mark.usefixtures("digits")
 def test_table_refuses_other_networks_before_it_trains(tmp_path, error, monkeypatch):
     options = ["--scenarios", "mnistm-usps", "--seeds", "0"]
-    table(tmp_path, *options, "--steps", "2", "--methods", "dann-mt")
-    path = tmp_path / "nets" / "p4_dann-mt_mnistm_usps_small_0.pt"
-    assert "steps 3 (checkpoint: 2)" in error(table, tmp_path, *options, "--steps", "3")
-    state = load(path)
-    shorter = common.load_digits
-
-    def other_images(root, domain, split):
-        images, labels = shorter(root, domain, split)
-        return images[1:], labels[1:]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "load_digits", other_images)
-        assert "images [[" in error(table, tmp_path, *options, "--steps", "2")
-    broken = {name: value / 0 for name, value in state["ema"].items()}
-    saved(path, state, ema=broken)
-    assert "not finite" in error(table, tmp_path, *options, "--steps", "2")
+    table(tmp_path, *options, "--steps", "1", "--methods", "dann-mt")
+    path = tmp_path / "nets" / "p4_dann-mt_mnistm_usps_deep_0.pt"
+    assert "steps 3 (checkpoint: 1)" in error(table, tmp_path, *options, "--steps", "3")
     path.write_bytes(b"damaged")
-    assert "not a readable checkpoint" in error(table, tmp_path, *options, "--steps", "2")
+    assert str(path) in error(table, tmp_path, *options, "--steps", "1")
     assert [p.name for p in (tmp_path / "nets").glob("*.pt")] == [path.name]
 
 
@@ -824,58 +1148,35 @@ def test_table_sees_that_it_cannot_write_before_it_trains(tmp_path, error):
     assert not (tmp_path / "nets").exists()
 
 
-def tsne(ckpt, out, text="", **environment):
-    """--mode tsne in a process of its own; returns it."""
-    command = [sys.executable, str(ROOT / "p4_dann.py"), *f"--mode tsne --num 20 --device cpu {text}".split()]
-    environment = {**os.environ, **environment}
-    command += ["--ckpt", str(ckpt), "--out", str(out)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
+@pytest.mark.usefixtures("digits")
 def test_tsne(ckpt, tmp_path, capsys):
     run(f"--mode tsne --ckpt {ckpt} --out {tmp_path} --num 40 --device cpu")
-    names = ["tsne_mnistm_svhn_dann-mt_digit.png", "tsne_mnistm_svhn_dann-mt_domain.png"]
-    assert sorted(os.listdir(tmp_path)) == ["network_dann-mt.txt", *names]
+    names = ["tsne_mnistm_svhn_dann_digit.png", "tsne_mnistm_svhn_dann_domain.png"]
+    assert sorted(os.listdir(tmp_path)) == names
     for name, colours in zip(names, (8, 2)):
         pixels = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
         plot = pixels[100:-100, 100:700]
         coloured = np.ptp(plot, axis=2) > 40
-        assert coloured.mean() > 0.002 and len(np.unique(plot[coloured] // 32, axis=0)) >= colours
+        assert coloured.mean() > 0.001 and len(np.unique(plot[coloured] // 32, axis=0)) >= colours
     assert re.search(r"proxy A-distance \d\.\d", capsys.readouterr().out)
 
 
-def settings(state, **changes):
-    return {**state["args"], **changes}
-
-
-@pytest.mark.usefixtures("few_images")
-def test_tsne_draws_the_domains_of_the_checkpoint(state, tmp_path, error):
+def test_tsne_draws_the_domains_of_the_checkpoint():
     """USPS to SVHN, not the course's MNIST-M to SVHN; options that say otherwise are refused."""
-    adapted = saved(tmp_path / "a.pt", state, args=settings(state, labelled="usps"))
-    plain = settings(state, training="plain", labelled="usps", unlabelled=None)
-    alone = saved(tmp_path / "b.pt", state, args=plain)
-    text = "--mode tsne --num 10 --device cpu --out"
+    adapted = SimpleNamespace(training="dann", labelled="usps", unlabelled="svhn")
+    alone = SimpleNamespace(training="source", labelled="usps", unlabelled=None)
 
-    def message(path, options):
-        return error(run, f"{text} {tmp_path / 'none'} --ckpt {path} {options}")
+    def drawn(settings, source=None, target=None):
+        return p4.drawn_domains(SimpleNamespace(source=source, target=target, ckpt="a.pt"), settings)
 
-    run(text, tmp_path / "out", "--ckpt", adapted)
-    run(text, tmp_path / "out", "--ckpt", alone, "--source", "usps", "--target", "svhn")
-    drawn = sorted(path.name for path in (tmp_path / "out").glob("*_digit.png"))
-    assert drawn == ["tsne_usps_svhn_dann-mt_digit.png", "tsne_usps_svhn_plain-usps_digit.png"]
-    assert "expected the domains of its training" in message(adapted, "--source mnistm --target svhn")
-    assert "expected the domains of its training" in message(adapted, "--target usps")
-    for options in ("", "--target svhn", "--source mnistm --target svhn", "--source usps --target usps"):
-        assert "one of them usps" in message(alone, options)
-    assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.slow
-def test_tsne_in_a_notebooks_environment(ckpt, tmp_path):
-    """The MPLBACKEND of Colab and Jupyter names a module that other environments lack."""
-    result = tsne(ckpt, tmp_path / "out", MPLBACKEND="module://no_such_module.backend")
-    assert result.returncode == 0, result.stderr
-    assert len(os.listdir(tmp_path / "out")) == 3
+    assert drawn(adapted) == drawn(adapted, target="svhn") == drawn(alone, "usps", "svhn") == ("usps", "svhn")
+    assert drawn(alone, "mnistm", "usps") == ("mnistm", "usps")
+    for named in (("mnistm", "svhn"), (None, "usps")):
+        with pytest.raises(ValueError, match="expected the domains of its training"):
+            drawn(adapted, *named)
+    for named in ((None, None), (None, "usps"), ("mnistm", "svhn"), ("usps", "usps")):
+        with pytest.raises(ValueError, match="one of them usps"):
+            drawn(alone, *named)
 
 
 def test_tsne_sees_what_is_missing_before_it_computes(ckpt, tmp_path, error, monkeypatch):
@@ -902,31 +1203,18 @@ def test_a_distance():
     assert p4.a_distance(a, b) < 0.3 and p4.a_distance(a, b + 5) > 1.95
 
 
-# ------------------------------------------------------------------ command line and bad input
+@pytest.mark.slow
+def test_adaptation_beats_source_only_on_the_built_in_digits(tmp_path):
+    images, labels = common.load_digits(None, "svhn", "val")
+    accuracy = {}
+    for method in ("source", "dann-mt"):
+        path = tmp_path / f"{method}.pt"
+        run(f"--mode train --target svhn --method {method} --fast --device cpu --ckpt {path}")
+        accuracy[method] = p4.accuracy(p4.load_model(path)[0], images, labels)
+    assert accuracy["dann-mt"] > accuracy["source"] + 0.03 > 0.33
 
 
-def test_ascii_terminal(tmp_path):
-    """The arrow in the table ends no run; the file has it in UTF-8."""
-    code = """
-import sys, common, p4_dann as p4
-original = common.load_digits
-common.load_digits = lambda *a: tuple(v[:50] for v in original(*a))
-p4.main()
-"""
-    text = "--mode table --scenarios mnistm-usps --methods source --seeds 0 --steps 1"
-    options = [*text.split(), *TINY]
-    environment = {
-        **os.environ,
-        "PYTHONIOENCODING": "ascii",
-        "PYTHONPATH": str(ROOT),
-        "WORLD_SIZE": "2",
-        "RANK": "1",
-    }
-    command = [sys.executable, "-c", code, *options, "--out", str(tmp_path / "\u2192\udcff")]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "mnistm \\u2192 usps" in result.stdout
-    assert "mnistm → usps" in (tmp_path / "\u2192\udcff" / "table.md").read_text(encoding="utf-8")
+# ------------------------------------------------------------------ command line
 
 
 def test_torchrun_is_refused(monkeypatch, error):
@@ -945,27 +1233,17 @@ def test_readme():
     assert len(commands) >= 5
 
 
-def test_help(capsys):
-    with pytest.raises(SystemExit) as stop:
-        p4.main(["-h"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and "1505.07818" in text and "(default: 2000)" in text
-    options = re.findall(r"^  (--[\w-]+)", text, re.M)
-    assert len(options) >= 20 and text.count("(default:") >= len(options) - 4
-    with pytest.raises(SystemExit):
-        p4.main(["-h", "--fast"])
-    assert "(default: 400)" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     "text",
     [
         "--steps 0",
         "--lr -1",
         "--lr inf",
+        "--clip 0",
         "--mode fly",
         "--target mnist",
         "--method adda",
+        "--method plain",
         "--source usps --target usps",
         "--scenarios usps-usps",
         "--seeds -1",
@@ -973,9 +1251,9 @@ def test_help(capsys):
         "--num 1",
         "--batch-size 1",
         "--ckpt a b",
-        "--archs x",
         "--arch vgg",
-        "--oracle --mode table",
+        "--arch large",
+        "--domain-weight 2",
         "--stepz 5",
     ],
 )
@@ -983,39 +1261,3 @@ def test_wrong_options(text, error):
     assert text.split()[0] in error(run, text)
     with pytest.raises(ValueError):
         p4.parse_args(text.split())
-
-
-def test_bad_checkpoints(ckpt, state, folder, tmp_path, error):
-    def message(path):
-        return error(predicted, path, folder, tmp_path / "pred.csv")
-
-    assert "--mode train" in message(tmp_path / "none.pt")
-    (tmp_path / "short.pt").write_bytes(ckpt.read_bytes()[:-1000])
-    assert "not a readable checkpoint" in message(tmp_path / "short.pt")
-    assert "found p1_gan" in message(saved(tmp_path / "p1.pt", {"script": "p1_gan", "args": {}}))
-    assert "found p4_dann" in message(saved(tmp_path / "a.pt", {"script": "p4_dann", "args": {}}))
-    assert "found ['conv.weight']" in message(saved(tmp_path / "b.pt", {"conv.weight": torch.zeros(3)}))
-    torch.save([1, 2], tmp_path / "list.pt")
-    assert "found list" in message(tmp_path / "list.pt")
-    foreign = saved(tmp_path / "arch.pt", state, args=settings(state, arch="vgg"))
-    assert "--arch vgg" in message(foreign)
-    torch.save(Hostile(tmp_path / "executed"), tmp_path / "hostile.pt")
-    assert "not a readable checkpoint" in message(tmp_path / "hostile.pt")
-    assert not (tmp_path / "executed").exists() and not (tmp_path / "pred.csv").exists()
-
-
-def test_bad_folders(ckpt, folder, tmp_path, error):
-    def message(path):
-        return error(predicted, ckpt, path, tmp_path / "pred.csv")
-
-    empty = tmp_path / "usps"
-    empty.mkdir()
-    assert "found no image" in message(empty)
-    assert "no such folder" in message(tmp_path / "svhn_none")
-    assert "pass --target" in error(run, "--mode predict --input", folder.parent.parent)
-    assert "needs --input" in error(run, "--mode predict")
-    pictures = shutil.copytree(folder, tmp_path / "pictures")  # a named checkpoint needs no named domain
-    assert len(predicted(ckpt, pictures, tmp_path / "pred.csv")) == 11
-    new = tmp_path / "new.pt"
-    assert "looked for" in error(run, f"--mode train --data {tmp_path / 'digits'} --ckpt {new}")
-    assert not new.exists()
