@@ -244,7 +244,7 @@ def predictor(model, y, alpha_bar, prediction, guidance=0.0, interval=(0, 1), bf
 # each of the decreasing `times`; the last update ends at alpha_bar = 1. noise() returns fresh noise like x.
 def ddpm(predict, x, alpha_bar, times, noise, variance="posterior"):
     """Ancestral sampling (2006.11239, equations 6 and 7; section 3.2 has both variances of the noise)."""
-    levels = [*alpha_bar[times].tolist(), 1.0]
+    levels = [*alpha_bar[times], 1.0]
     for t, bar, bar_next in zip(times, levels, levels[1:]):
         x0, _ = predict(x, t)
         alpha = bar / bar_next  # of this step alone
@@ -259,7 +259,7 @@ def ddpm(predict, x, alpha_bar, times, noise, variance="posterior"):
 
 def ddim(predict, x, alpha_bar, times, eta=0.0, noise=None):
     """DDIM (2010.02502, equations 12 and 16); eta: 0 is deterministic, 1 as noisy as ddpm."""
-    levels = [*alpha_bar[times].tolist(), 1.0]
+    levels = [*alpha_bar[times], 1.0]
     for t, bar, bar_next in zip(times, levels, levels[1:]):
         x0, eps = predict(x, t)
         sigma = eta * math.sqrt((1 - bar_next) / (1 - bar) * (1 - bar / bar_next))  # eta times that of ddpm
@@ -1323,7 +1323,7 @@ class Run:
             raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {args.world} processes")
         if args.resume:
             self.resume()
-        elif Path(args.ckpt).exists():
+        elif args.rank == 0 and Path(args.ckpt).exists():
             raise ValueError(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
         if args.world > 1 and args.device.type == "cuda":
             torch.cuda.set_device(args.device)

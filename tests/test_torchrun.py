@@ -169,40 +169,11 @@ def test_a_signal_stops_both_and_saves(script, signal_number, to, tmp_path):
     assert process.returncode != 0 and not any(map(is_running, pids))
     assert bars(err) == 1, err
     ckpt = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert ckpt["step"] > 0 and ckpt["step"] % 10 == 0  # they ask one another every ten steps
-    assert not (tmp_path / "model.pt.tmp").exists()
+    assert ckpt["step"] >= 3 and not list(tmp_path.glob(".model.pt.*"))
+    assert not (tmp_path / "model.pt.lock").exists()
     more = ["--resume", "--steps", str(ckpt["step"] + 1)]
     code, _, err = run(1, tmp_path, worker, *SMALL[script], *TINY, *more)
     assert code == 0, err
-
-
-# Rank 0 takes a second over its probe file. Then nobody may take that for a checkpoint.
-PROBE = """
-import os, sys, time
-import torch
-import p2_diffusion as p2
-
-def slow_remove(path, remove=os.remove):
-    assert os.environ["RANK"] == "0" and os.path.exists(path)
-    time.sleep(1)
-    remove(path)
-
-if os.environ["RANK"] == "{late}":
-    time.sleep(0.5)
-os.remove = slow_remove
-images = torch.zeros(8, 3, 28, 28, dtype=torch.uint8)
-args = p2.parse_args(sys.argv[1:])
-p2.train(args, images, torch.arange(8))
-"""
-
-
-@pytest.mark.parametrize("late", [0, 1])
-def test_the_probe_file_is_not_taken_for_a_checkpoint(late, tmp_path):
-    """Whichever process comes first."""
-    (tmp_path / "worker.py").write_text(PROBE.format(late=late))
-    code, _, err = run(2, tmp_path, "worker.py", *SMALL["p2_diffusion"], *TINY, "--steps", "1")
-    assert code == 0, err
-    assert torch.load(tmp_path / "model.pt", weights_only=True)["step"] == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
