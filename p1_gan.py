@@ -260,7 +260,7 @@ def g_step(args, g, d, optim, progress):
     """G step: minimise the loss of making D take generated images for real; returns means for the log."""
     b = args.batch_size // args.world
     y = torch.randint(DIGITS, (b,), device=args.device) if args.method == "acgan" else None
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16), parametrize.cached():
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         fake = g(torch.randn(b, Z, device=args.device), y).float()
         logits, digits = d(shown(args, fake, progress))
         loss = g_loss(args.loss, logits)

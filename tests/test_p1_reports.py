@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import p1_gan as p1
 
@@ -36,24 +35,16 @@ def test_networks_are_exact(report, method, generator, discriminator):
     assert counts == [generator, discriminator]
 
 
-def test_presets():
-    assert {report: list(methods) for report, methods in p1.REPORTS.items()} == {
-        "2021": ["dcgan", "acgan"],
-        "2022a": ["dcgan", "wgangp"],
-        "2022b": ["dcgan", "sngan"],
-        "2022c": ["dcgan", "wgangp"],
-    }
+def test_a_report_s_settings_stand_over_the_method_s_and_options_over_both():
     args = p1.parse_args(["--report", "2021"])
-    found = args.method, args.lr, args.beta1, args.beta2, args.g_updates, args.decay, args.epochs, args.steps
-    assert found == ("dcgan", 2e-4, 0.9, 0.999, 2, "thirds", 120, None)
+    found = args.method, args.betas, args.batch_size, args.decay, args.epochs, args.steps
+    assert found == ("dcgan", [0.9, 0.999], 64, "thirds", 120, None)
     assert args.ckpt == "checkpoints/p1_dcgan_2021.pt"
-    args = parse("2022b", "sngan")
-    assert (
-        args.loss == "bce" and args.weight_decay > 0 and args.label_smoothing > 0 and args.instance_noise > 0
-    )
     for report, method in SYSTEMS:
         args = parse(report, method, "--steps", "5", "--lr", "0.5")
         assert (args.steps, args.lr, args.ema, args.diffaugment) == (5, 0.5, 0.0, "none")
+    args = parse("2021", "dcgan", "--fast")
+    assert args.epochs is None and args.steps > 0
 
 
 def test_refusals():
@@ -61,69 +52,50 @@ def test_refusals():
     assert "this report has dcgan and wgangp" in message("--report", "2022a", "--method", "acgan")
     for epochs in ("3", "120"):  # the second is the report's own
         assert "expected one of them" in message("--report", "2021", "--steps", "2", "--epochs", epochs)
-    assert "only bce has" in message("--method", "sngan", "--label-smoothing", "0.1")
 
 
-def test_rate_is_halved_at_thirds():
-    """2021 halves it every 40 of 120 epochs."""
-    rates = [p1.rate("thirds", epoch / 120) for epoch in (0, 39, 40, 79, 80, 119)]
-    assert rates == [1, 1, 0.5, 0.5, 0.25, 0.25]
-
-
-@pytest.mark.parametrize("report, method", SYSTEMS)
+@pytest.mark.parametrize(
+    "report, method", [("2021", "dcgan"), ("2021", "acgan"), ("2022a", "wgangp"), ("2022b", "sngan")]
+)
 def test_train_and_sample(report, method, tmp_path):
-    """Two steps; the checkpoint alone says which network it holds."""
-    args = parse(report, method, "--steps", "2", "--batch-size", "2", "--ckpt", str(tmp_path / "a.pt"))
+    """The checkpoint alone says which network it holds: that of the last step, without statistics or
+    contrast of our own.
+    """
+    options = ["--steps", "1", "--batch-size", "2", "--n-critic", "1", "--precision", "float32"]
+    args = parse(report, method, *options, "--ckpt", str(tmp_path / "a.pt"))
     size = 28 if method == "acgan" else 64
     images = torch.randint(256, (8, 3, size, size), dtype=torch.uint8)
-    trained = p1.train(args, images, torch.arange(8))
+    p1.train(args, images, torch.arange(8) if method == "acgan" else None)
     model, settings = p1.load_model(tmp_path / "a.pt")
-    z = torch.randn(3, 100)
-    made = p1.generate(model, settings, z, [1, 2, 3] if method == "acgan" else None)
-    assert made.shape == (3, 3, size, size)
-    for name, value in trained.state_dict().items():
-        assert torch.equal(value.cpu(), model.state_dict()[name])
+    digits = [1, 2, 3] if method == "acgan" else None
+    assert p1.generate(model, settings, torch.randn(3, 100), digits).shape == (3, 3, size, size)
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert state["ema"]["gain"] == 1
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state["model"][name])
 
 
-def test_digits_of_2021_are_enlarged_and_brought_back():
-    """G of 2021 makes 64x64; `generate` gives the grader's 28x28, and the digit counts."""
+def test_the_generator_of_2021_draws_digits():
     args = parse("2021", "acgan")
-    g, d = p1.build(args)
+    g, _ = p1.build(args)
     z = torch.randn(2, 100)
     assert g(z, torch.tensor([1, 2])).shape == (2, 3, 64, 64)
-    assert d(torch.randn(2, 3, 64, 64))[1].shape == (2, 10)
     one = p1.generate(g.eval(), args, z, [1, 2])
     other = p1.generate(g, args, z, [1, 3])
     assert torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
 
 
-def test_discriminator_of_2021_reads_generated_digits_too(monkeypatch):
-    """Its loss has the cross-entropy of real and of generated digits."""
-    args = parse("2021", "acgan", "--batch-size", "4", "--precision", "float32")
-    torch.manual_seed(0)
-    g, d = p1.build(args)
-    optim = torch.optim.SGD(d.parameters(), 0.0)
-    calls = []
-    cross_entropy = F.cross_entropy
-    monkeypatch.setattr(p1.F, "cross_entropy", lambda x, y: calls.append(1) or cross_entropy(x, y))
-    images = torch.randint(256, (8, 3, 28, 28), dtype=torch.uint8)
-    p1.d_step(args, g, d, optim, images, torch.arange(8), 0.0)
-    assert len(calls) == 2
-
-
-def test_noise_of_method_b_decays_on_both_sides():
-    """2022b: D sees noisy images in its own and in G's step, and none at the end."""
-    args = parse("2022b", "sngan")
-    x = torch.zeros(4, 3, 64, 64)
-    spread = [p1.shown(args, x, progress).std().item() for progress in (0, 0.5)]
-    assert spread == pytest.approx([args.instance_noise, args.instance_noise / 2], rel=0.02)
-    assert torch.equal(p1.shown(args, x, 1.0), x)
-
-
-def test_a_report_s_generator_stays_as_it_was_trained(tmp_path):
-    """Neither statistics nor contrast of our own: it is the network of the last step."""
-    args = parse("2022a", "dcgan", "--batch-size", "4", "--steps", "2", "--ckpt", str(tmp_path / "g.pt"))
-    p1.train(args, torch.randint(256, (8, 3, 64, 64), dtype=torch.uint8))
-    state = torch.load(tmp_path / "g.pt", weights_only=True)
-    assert all(torch.equal(value, state["model"][name]) for name, value in state["ema"].items())
-    assert state["ema"]["gain"] == 1
+def test_the_discriminator_of_2021_enlarges_digits():
+    """Smoothly, and it leaves what G draws as it is."""
+    _, d = p1.build(parse("2021", "acgan"))
+    given = []
+    d.main[0].register_forward_pre_hook(lambda _, inputs: given.extend(inputs))
+    digits = torch.zeros(2, 3, 28, 28)
+    digits[..., 14:] = 1.0
+    real, logits = d(digits)
+    assert real.shape == (2,) and logits.shape == (2, 10)
+    assert given[0].shape == (2, 3, 64, 64) and given[0].mean().item() == pytest.approx(0.5)
+    assert 2 < len(given[0].unique()) < 10  # between 0 and 1 as well
+    drawn = torch.rand(2, 3, 64, 64)
+    d(drawn)
+    assert torch.equal(given[1], drawn)
