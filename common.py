@@ -6,8 +6,7 @@
 
 A data set is one uint8 tensor (N, 3, H, W) and one int64 tensor (N,) of labels, read from a folder ROOT:
 ROOT/digits/DOMAIN/{data/*.png,train.csv,val.csv} (2022, 2023), ROOT/digits/DOMAIN/{train,test}/*.png with
-{train,test}.csv (2021), ROOT/face/{train,val}; or torchvision's MNIST/raw, usps.bz2 and usps.t.bz2,
-{train,test}_32x32.mat, with photographs for MNIST-M: BSDS500's folder or archive, or else every *.jpg.
+{train,test}.csv (2021), ROOT/face/{train,val}. `common.py data` makes this layout of torchvision's files.
 ROOT = None stands for the built-in data, made in seconds from what scikit-learn and matplotlib ship.
 """
 
@@ -19,7 +18,6 @@ import csv
 import functools
 import hashlib
 import html
-import importlib.util
 import json
 import os
 import platform
@@ -27,9 +25,7 @@ import re
 import shutil
 import sys
 import tarfile
-import tempfile
 import warnings
-import zipfile
 from pathlib import Path
 from string import Template
 
@@ -49,7 +45,7 @@ INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weigh
 INCEPTION += "pt_inception-2015-12-05-6726825d.pth"
 DOMAINS = ("mnistm", "svhn", "usps")
 MAX_PIXELS = 2**24  # of one input image: a PNG of a few kB can unpack to gigabytes
-BAR = {"leave": False, "mininterval": 1 if sys.stderr.isatty() else 60}  # in a file a line a minute
+CACHE = 2**31  # bytes of decoded images that are kept
 NO_PIXELS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # PIL knows these formats and decodes none of them
 
 
@@ -57,20 +53,23 @@ NO_PIXELS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # PIL knows these formats a
 
 
 def write_whole(path, write):
-    """Writes a file whole or not at all: write(file) fills a temporary one. Raises OSError, naming `path`."""
+    """Writes a file whole or not at all: write(file) fills a temporary file of this process, then renamed."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(f"{path}: is a folder or a device; expected the name of a file")
-    temporary = path.with_name(f"{path.name}.tmp")
+    target = path.resolve()  # a symbolic link stays one
+    temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise OSError(f"{path}: cannot be written ({reason})") from e
+    finally:  # after Ctrl-C too
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise OSError(f"{path}: cannot be written ({e.args[-1]})") from e
 
 
 def cached(kind, paths, make):
@@ -87,7 +86,25 @@ def cached(kind, paths, make):
     if file.is_absolute():  # else there is no home folder
         with contextlib.suppress(OSError):  # an unwritable cache costs only time
             write_whole(file, functools.partial(np.savez, array=array))
+            shrink_cache(file.parent)
     return array
+
+
+def shrink_cache(folder):
+    """Removes the files that were read longest ago, until the others fit into CACHE bytes."""
+    total = 0
+    for path in sorted(folder.iterdir(), key=lambda path: -path.stat().st_atime_ns):
+        total += path.stat().st_size
+        if total > CACHE:
+            path.unlink()
+
+
+def progress(items, text):
+    """The items, with a bar on a terminal, a line a minute in a file, nothing without standard error."""
+    isatty = getattr(sys.stderr, "isatty", None)
+    if isatty is None:
+        return items
+    return tqdm(items, desc=text, leave=False, mininterval=1 if isatty() else 60)
 
 
 def is_image(name):
@@ -148,13 +165,10 @@ def read_arrays(paths, size=None):
         try:
             arrays.append(read_image(path, size))
         except ValueError as e:
-            damaged.append(path)
-            error = e
-    if len(damaged) > 1:
-        names = ", ".join(path.name for path in damaged[:3])
-        error = ValueError(f"{len(damaged)} of {len(paths)} images cannot be read, first {names}")
+            damaged.append(str(e))
     if damaged:
-        raise error
+        first = "; ".join(damaged[:3])
+        raise ValueError(f"{len(damaged)} of {len(paths)} images cannot be read, first {first}")
     return arrays
 
 
@@ -168,13 +182,6 @@ def read_images(paths, size=None):
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def parse_label(text):
-    """The digit that a CSV cell such as `3`, ` 03`, `3.0` or `tensor(3)` means, or None."""
-    text = re.sub(r"^tensor\((.*?)(,.*)?\)$", r"\1", str(text).strip())
-    match = re.fullmatch(r"0*(\d)(\.0*)?", text, re.ASCII)
-    return int(match[1]) if match else None
-
-
 def read_csv(path, folder):
     """([image_name], [label]) of a course CSV; ValueError for what is no file of `folder` or no digit."""
     names = []
@@ -184,11 +191,13 @@ def read_csv(path, folder):
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             rows = csv.DictReader(file, skipinitialspace=True)
             for row in rows:
-                names.append(row.get("image_name"))
-                labels.append(parse_label(row.get("label")))
-                if names[-1] not in present or labels[-1] is None:
+                name = row.get("image_name")
+                digit = re.fullmatch(r"\s*0*(\d)(\.0*)?\s*", str(row.get("label")), re.ASCII)  # 3, 03, 3.0
+                if name not in present or digit is None:
                     expected = f"expected image_name in {folder} and label 0-9"
                     raise ValueError(f"{path}, line {rows.line_num}: found {row}; {expected}")
+                names.append(name)
+                labels.append(int(digit[1]))
     except csv.Error as e:
         raise ValueError(f"{path}: cannot be read as CSV ({e})") from e
     if not names:
@@ -211,14 +220,20 @@ def face_folder(root, split):
     for folder in (Path(root) / place for place in places):
         if folder.is_dir() and any(is_image(name) for name in os.listdir(folder)):
             return folder
-    raise ValueError(f"--data {root}: no {split} faces; looked for images in {', '.join(places)}")
+    raise ValueError(f"--data {root}: no {split} faces; {advice(root, places)}")
+
+
+def advice(root, places):
+    """The end of the message about a folder that has no data of the course's layout."""
+    original = f"`python common.py data OUT --from {root}` makes them of torchvision's files"
+    return f"looked for {', '.join(places)}; {original}"
 
 
 def load_digits(root, domain, split):
     """Digits of one domain as (uint8 (N, 3, 28, 28), int64 (N,)), grey images repeated to three channels.
 
     root: folder (see the top of this file) or None for the built-in data; domain: one of DOMAINS;
-    split: train or val (2021's and torchvision's test part). Raises ValueError with what it looked for.
+    split: train or val (2021's test part). Raises ValueError with what it looked for.
     """
     if root is None:
         return builtin_digits(domain, split)
@@ -233,57 +248,8 @@ def load_digits(root, domain, split):
                 paths = [base / folder / name for name in names]
                 images = cached(28, paths, functools.partial(read_images, paths, (28, 28)))
                 return torch.from_numpy(images), torch.tensor(labels)
-    try:
-        return torchvision_digits(root, domain, other)
-    except Exception as e:  # nothing is there, or the readers of .mat, .bz2 and idx files find it damaged
-        looked = f"looked for digits/{domain}/{split}.csv, digits/{domain}/{other}.csv, torchvision's files"
-        raise ValueError(
-            f"--data {root}: no {domain} {split} images; {looked} ({type(e).__name__}: {e})"
-        ) from e
-
-
-def torchvision_digits(root, domain, part):
-    """`load_digits` from the train or test part of torchvision's files; FileNotFoundError without them."""
-    if domain == "svhn":
-        data = scipy.io.loadmat(str(root / f"{part}_32x32.mat"))
-        images = torch.from_numpy(data["X"]).permute(3, 2, 0, 1).float()  # (N, 3, 32, 32)
-        images = F.interpolate(images, (28, 28), mode="bilinear", antialias=True).round().byte()
-        return images, torch.from_numpy(data["y"].flatten().astype(np.int64)) % 10  # 0 is written as 10
-    if domain == "usps":
-        data = datasets.USPS(root, train=part == "train")
-        grey = torch.from_numpy(data.data)[:, None].float()  # (N, 1, 16, 16)
-        grey = F.interpolate(grey, (28, 28), mode="bilinear").round().byte()
-        return grey.repeat(1, 3, 1, 1), torch.tensor(data.targets)
-    name = {"train": "train", "test": "t10k"}[part]
-    raw = root / "MNIST" / "raw"
-    with tempfile.TemporaryDirectory() as unpacked:
-        if not raw.is_dir():
-            raw = Path(unpacked)
-            for archive in root.glob("*-ubyte.gz"):  # as published
-                datasets.utils.extract_archive(archive, raw)
-        digits = datasets.mnist.read_image_file(raw / f"{name}-images-idx3-ubyte")
-        labels = datasets.mnist.read_label_file(raw / f"{name}-labels-idx1-ubyte")
-    return blend(digits, read_photographs(root), seed=int(part == "train")), labels
-
-
-def read_photographs(root):
-    """MNIST-M's photographs, uint8 (H, W, 3): of BSDS500's archive or folder, or every *.jpg but CelebA's."""
-    with tempfile.TemporaryDirectory() as unpacked:
-        for archive in [*root.glob("BS[DR]*.t*"), *root.glob("bsds*.t*")]:
-            root = Path(unpacked).resolve()
-            with tarfile.open(archive) as tar:  # extractall has filter= from Python 3.10.12 and 3.11.4 on
-                for member in filter(tarfile.TarInfo.isfile, tar):
-                    path = (root / member.name).resolve()
-                    if not path.is_relative_to(root):
-                        raise ValueError(f"{archive}: {member.name} leaves the folder")
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(tar.extractfile(member).read())
-        paths = sorted(root.glob("BS[DR]*/**/*.jpg")) or sorted(root.rglob("*.jpg"))
-        paths = [path for path in paths if is_image(path) and "celeba" not in str(path.relative_to(root))]
-        photographs = [photo for photo in read_arrays(paths) if min(photo.shape[:2]) >= 28]
-    if not photographs:
-        raise FileNotFoundError("no photographs")
-    return photographs
+    places = f"digits/{domain}/{split}.csv", f"digits/{domain}/{other}.csv"
+    raise ValueError(f"--data {root}: no {domain} {split} images; {advice(root, places)}")
 
 
 def random_patch(rng, photographs, side):
@@ -309,24 +275,21 @@ def blend(digits, photographs, seed):
 
 # ---------------- the course's layout from the originals, and built-in data ----------------
 
-# the course's train, val, all
-SPLIT = {"mnistm": (44_800, 11_200, 70_000), "usps": (5_950, 1_488, 9_298)}
-SPLIT |= {"svhn": (63_544, 15_887, 99_289), "face": (38_464, 2_025, 42_621)}
+# the course's train, val, all; faces first, because their download is what most often fails
+SPLIT = {"face": (38_464, 2_025, 42_621), "mnistm": (44_800, 11_200, 70_000)}
+SPLIT |= {"usps": (5_950, 1_488, 9_298), "svhn": (63_544, 15_887, 99_289)}
 
 
 def make_data(out, source=None):
     """Writes the course's layout of 2022 and 2023: OUT/digits/DOMAIN/{data,*.csv}, OUT/face/{train,val,test}.
 
-    source: folder of torchvision's files or the published archives; left out, they are downloaded. The split
-    is seeded, in the course's sizes or proportions; what the course keeps to itself becomes test.
-    Returns the parts that cannot be made. Raises ValueError or ImportError before any work.
+    source: folder of torchvision's files and BSDS500's; left out, they are downloaded. What the course keeps
+    to itself becomes test. Returns the parts that cannot be made.
     """
     out = Path(out)
     root = Path(source or out / "downloads")
     if source is not None and not root.is_dir():
         raise ValueError(f"--from {root}: no such folder")
-    if source is None and not (out / "face").exists() and importlib.util.find_spec("gdown") is None:
-        raise ImportError("CelebA's download needs gdown: pip install gdown, or give all files by --from")
     missing = []
     for part in SPLIT:
         folder = out / ("face" if part == "face" else f"digits/{part}")
@@ -374,6 +337,39 @@ def course_split(n, part):
     return np.split(order, [train, train + val])
 
 
+def torchvision_digits(root, domain, part):
+    """(images, labels) as `load_digits` has them, of the train or test part of torchvision's files."""
+    if domain == "svhn":
+        data = scipy.io.loadmat(str(root / f"{part}_32x32.mat"))
+        images = torch.from_numpy(data["X"]).permute(3, 2, 0, 1).float()  # (N, 3, 32, 32)
+        images = F.interpolate(images, (28, 28), mode="bilinear", antialias=True).round().byte()
+        return images, torch.from_numpy(data["y"].flatten().astype(np.int64)) % 10  # 0 is written as 10
+    if domain == "usps":
+        data = datasets.USPS(root, train=part == "train")
+        grey = torch.from_numpy(data.data)[:, None].float()  # (N, 1, 16, 16)
+        grey = F.interpolate(grey, (28, 28), mode="bilinear").round().byte()
+        return grey.repeat(1, 3, 1, 1), torch.tensor(data.targets)
+    data = datasets.MNIST(root, train=part == "train")
+    return blend(data.data, read_photographs(root), seed=int(part == "train")), data.targets
+
+
+def read_photographs(root):
+    """The photographs of BSDS500's archive or folder, for MNIST-M: a list of uint8 (H, W, 3)."""
+    photographs = {}
+    for archive in [*root.glob("BS[DR]*.t*"), *root.glob("bsds*.t*")]:
+        with tarfile.open(archive) as tar:  # read as it is: nothing is unpacked
+            for member in tar:
+                if member.isfile() and member.name.endswith(".jpg") and is_image(member.name):
+                    photographs[Path(member.name)] = read_image(tar.extractfile(member))
+    if not photographs:
+        paths = [path for path in root.glob("BS[DR]*/**/*.jpg") if is_image(path)]
+        photographs = dict(zip(paths, read_arrays(paths)))
+    large = [photographs[path] for path in sorted(photographs) if min(photographs[path].shape[:2]) >= 28]
+    if not large:
+        raise FileNotFoundError(f"no photographs of BSDS500 in {root}")
+    return large
+
+
 def write_digits(folder, part, root):
     """data/NNNNN.png and the three CSVs of torchvision's train and test part; returns their lengths."""
     (folder / "data").mkdir(parents=True)
@@ -392,20 +388,15 @@ def write_digits(folder, part, root):
 
 def write_faces(folder, part, root):
     """train, val, test folders of NNNNN.png, the middle squares of CelebA at 64x64; returns their lengths."""
-    places = [zipfile.Path(archive, "img_align_celeba/") for archive in root.rglob("img_align_celeba.zip")]
-    places += [root / "img_align_celeba", root / "celeba" / "img_align_celeba"]
-    entries = [entry for place in places if place.is_dir() for entry in place.iterdir()]
-    files = {entry.name: entry for entry in entries if is_image(entry.name)}
-    if not files:
-        raise FileNotFoundError(f"no img_align_celeba or img_align_celeba.zip in {root}")
-    names = sorted(files)
-    splits = course_split(len(names), part)
+    paths = sorted(root.rglob("img_align_celeba/*.jpg"))
+    if not paths:
+        raise FileNotFoundError(f"no img_align_celeba/*.jpg in {root}; unpack img_align_celeba.zip there")
+    splits = course_split(len(paths), part)
     number = 0
     for name, split in zip(("train", "val", "test"), splits):
         (folder / name).mkdir(parents=True)
         for i in split:
-            with files[names[i]].open("rb") as file:
-                image = Image.fromarray(read_image(file))
+            image = Image.fromarray(read_image(paths[i]))
             image = ImageOps.fit(image, (64, 64), Image.Resampling.LANCZOS)
             image.save(folder / name / f"{number:05d}.png")
             number += 1
@@ -544,7 +535,7 @@ def train_classifier(data, path, device):
     steps = max(16 * len(images) // batch, 2000)
     optim = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optim, 4e-3, total_steps=steps)
-    for _ in tqdm(range(steps), desc="classifier", **BAR):
+    for _ in progress(range(steps), "classifier"):
         i = torch.randint(len(images), (batch,), device=device)
         dy, dx = torch.randint(0, 5, (2,)).tolist()  # shifts by up to 2 pixels
         x = F.pad(images[i].float() / 127.5 - 1, (2, 2, 2, 2), mode="replicate")
@@ -568,10 +559,7 @@ def classify(net, images):
 
 
 def load_weights(net, path, device, expected):
-    """Fills `net` from a state dict or a dict that has one; returns what the file holds.
-
-    Raises ValueError for anything else, and where a weight is not finite.
-    """
+    """Fills `net` from a state dict or a dict that has one, and returns that; ValueError for other files."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         net.load_state_dict(state.get("state_dict", state))
@@ -593,15 +581,16 @@ def load_classifier(path, device):
 def digit_classifier(data, path, beside, device):
     """(network, the dict in its file, a sentence about it) of weights in the course's format.
 
-    Without path: beside/digit_classifier_<hash of data>.pth, trained now if it is missing. Without data and
-    path: .weights/digit_classifier.pth beside this file, which also knows the diversity of MNIST-M.
+    Without path: .weights/digit_classifier.pth beside this file for the built-in data; for other data, or
+    where it is missing, beside/digit_classifier_<hash of the digits>.pth, which is trained if necessary.
     """
     if not path:
-        source = os.fsencode(Path(data).resolve()) if data else b""
-        path = Path(beside) / f"digit_classifier_{hashlib.sha256(source).hexdigest()[:8]}.pth"
-        shipped = Path(__file__).resolve().parent / ".weights" / "digit_classifier.pth"
-        if data is None and shipped.is_file() and not path.is_file():
-            path = shipped
+        path = Path(__file__).resolve().parent / ".weights" / "digit_classifier.pth"
+        if data is not None or not path.is_file():
+            digest = hashlib.sha256()
+            for tensor in load_digits(data, "mnistm", "train"):
+                digest.update(tensor.numpy().tobytes())
+            path = Path(beside) / f"digit_classifier_{digest.hexdigest()[:8]}.pth"
         if not path.is_file():
             train_classifier(data, path, device)
     net, state = load_classifier(path, device)
@@ -622,7 +611,7 @@ def diversity(images, labels):
 def score_digits(folder, data, classifier, beside, device):
     """Accuracy and diversity of the images in `folder`, counted as the course's digit_classifier.py does.
 
-    data: as in load_digits, for the real images' diversity. classifier, beside: as in digit_classifier.
+    data: as in load_digits. classifier, beside: as in digit_classifier.
     Prints a table; returns a dict for JSON. Raises OSError, and ValueError for what the course's refuses.
     """
     paths = list_images(folder, at_least=2, strict=True)
@@ -634,13 +623,10 @@ def score_digits(folder, data, classifier, beside, device):
     labels = torch.tensor([int(path.name[0]) for path in paths], device=device)
     net, state, own = digit_classifier(data, classifier, beside, device)
     right = classify(net, images) == labels
-    if data is None and "diversity" in state:
-        reference = state["diversity"].to(device)
-        real = "MNIST-M's"
-    else:
-        reference = diversity(*(v.to(device) for v in load_digits(data, "mnistm", "train")))
-        real = "the built-in digits'" if data is None else f"those of {data}"
-    ratio = diversity(images, labels) / reference
+    reference = state.get("diversity")  # of the images that the classifier learned from
+    if reference is None:
+        reference = diversity(*load_digits(data, "mnistm", "train"))
+    ratio = diversity(images, labels) / reference.to(device)
     result = {"n": len(paths), "accuracy": right.sum().item() / len(paths)}
     result |= {"diversity": ratio.nanmean().item(), "classifier": own, "per_digit": {}}
     print(f"classifier {own}\ndigit  accuracy  diversity")
@@ -648,7 +634,9 @@ def score_digits(folder, data, classifier, beside, device):
         accuracy = right[labels == digit].float().mean().item()
         result["per_digit"][digit] = {"accuracy": accuracy, "diversity": ratio[digit].item()}
         print(f"{digit:5d}  {accuracy:8.3f}  {ratio[digit].item():9.3f}")
-    print(f"diversity = {result['diversity']:.3f} (within-digit standard deviation of pixels / {real})")
+    print(
+        f"diversity = {result['diversity']:.3f} (within-digit standard deviation of pixels / training data's)"
+    )
     print(f"acc = {result['accuracy']} (correct/total = {right.sum().item()}/{len(paths)})")
     return result
 
@@ -673,12 +661,12 @@ def load_inception(path, device):
         torch.manual_seed(0)
         net = inception.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
         net.Mixed_7c = MaxPoolE(2048)
+        torch.manual_seed(0)
+        for conv in (module for module in net.modules() if isinstance(module, nn.Conv2d)):
+            nn.init.kaiming_normal_(conv.weight)
     name = "FID"
     if path is not None:
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        wanted = re.search(r"-([0-9a-f]{8,64})\.pth?$", str(path))
-        if wanted and not digest.startswith(wanted[1]):
-            raise ValueError(f"--inception {path}: damaged, SHA-256 is {digest[:8]}, expected {wanted[1]}")
         if not digest.startswith("6726825d"):
             name = f"Frechet distance with {Path(path).name}, SHA-256 {digest[:8]}"
         load_weights(net, path, "cpu", "pytorch-fid's Inception network")
@@ -690,10 +678,6 @@ def load_inception(path, device):
             name = "fd_random"
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
             print(f"note: no FID without {INCEPTION} ({reason}); give it with --inception", file=sys.stderr)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                for conv in (module for module in net.modules() if isinstance(module, nn.Conv2d)):
-                    nn.init.kaiming_normal_(conv.weight)
     for number in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
         net.get_submodule(f"Mixed_{number}.branch_pool").register_forward_pre_hook(exact_average)
     net.eval()
@@ -706,23 +690,17 @@ def load_inception(path, device):
 
 @torch.inference_mode()
 def inception_features(net, images, batch=50):
-    """(features (N, 2048), probabilities (N, classes)), float64, of a list of uint8 arrays (H, W, 3)."""
-    parts = []  # the indices of each batch, whose images have one size
-    for shape in {image.shape for image in images}:
-        same = [i for i, image in enumerate(images) if image.shape == shape]
-        parts += [same[start : start + batch] for start in range(0, len(same), batch)]
-    features = np.empty((len(images), net.fc.in_features))
-    probabilities = np.empty((len(images), net.fc.out_features))
-    pooled = []
-    hook = net.avgpool.register_forward_hook(lambda module, inputs, output: pooled.append(output))
-    for part in tqdm(parts, desc="inception", **BAR):
-        x = torch.from_numpy(np.stack([images[i] for i in part])).to(net.fc.weight.device)
-        x = x.permute(0, 3, 1, 2).float() / 255
+    """(features (N, 2048), probabilities (N, classes)), float64, of uint8 images (N, 3, H, W)."""
+    features = []
+    probabilities = []
+    hook = net.avgpool.register_forward_hook(lambda module, inputs, output: features.append(output))
+    for part in progress(images.split(batch), "inception"):
+        x = part.to(net.fc.weight.device).float() / 255
         x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
-        probabilities[part] = net(2 * x - 1).double().softmax(1).cpu().numpy()
-        features[part] = pooled.pop().flatten(1).double().cpu().numpy()
+        probabilities.append(net(2 * x - 1).double().softmax(1))
     hook.remove()
-    return features, probabilities
+    features = torch.cat(features).flatten(1).double()
+    return features.cpu().numpy(), torch.cat(probabilities).cpu().numpy()
 
 
 def frechet_distance(features, mean, covariance):
@@ -741,23 +719,18 @@ def frechet_distance(features, mean, covariance):
 
 
 def kernel_distance(x, y):
-    """KID (arXiv 1801.01401) of features (N, D) and (M, D): (value, standard error).
+    """KID (arXiv 1801.01401) of at most 5000 random features of (N, D) and (M, D).
 
-    Unbiased MMD^2 with the kernel (x.y / D + 1)^3, of at most 5000 random features; the error is that of
-    the U-statistic's linear part (arXiv 1611.04488, there for sets of one size).
+    The unbiased estimate of MMD^2 with the kernel (x.y / D + 1)^3.
     """
     rng = np.random.default_rng(0)
     x = x[rng.permutation(len(x))[:5000]]
     y = y[rng.permutation(len(y))[:5000]]
-    own = []  # mean kernel of each image with the others of its set
+    value = -2 * np.mean((x @ y.T / x.shape[1] + 1) ** 3)
     for z in (x, y):
-        k = (z @ z.T / z.shape[1] + 1) ** 3
-        own.append((k.sum(1) - k.diagonal()) / (len(k) - 1))
-    between = (x @ y.T / x.shape[1] + 1) ** 3  # (N, M)
-    variance = np.var(own[0] - between.mean(1), ddof=1) / len(x)
-    variance += np.var(own[1] - between.mean(0), ddof=1) / len(y)
-    value = own[0].mean() + own[1].mean() - 2 * between.mean()
-    return float(value), float(2 * np.sqrt(variance))
+        kernel = (z @ z.T / z.shape[1] + 1) ** 3
+        value += (kernel.sum() - kernel.trace()) / (len(z) * (len(z) - 1))  # pairs of different images
+    return float(value)
 
 
 def inception_score(probabilities):
@@ -772,7 +745,7 @@ def reference_statistics(path, net, name):
     """{mu, sigma, n, features} of a folder (cached), or of an .npz of the network `name` (no features)."""
     if not str(path).endswith(".npz"):
         files = list_images(path, at_least=4)
-        features = cached(name, files, lambda: inception_features(net, read_arrays(files))[0])
+        features = cached(name, files, lambda: inception_features(net, read_images(files))[0])
         sigma = np.cov(features, rowvar=False)
         return {"mu": features.mean(0), "sigma": sigma, "n": len(files), "features": features}
     try:
@@ -791,11 +764,12 @@ def reference_statistics(path, net, name):
 
 
 def face_rate(images):
-    """The share of uint8 arrays (H, W, 3) in which dlib's HOG detector finds exactly one face."""
+    """The share of uint8 images (N, 3, H, W) in which dlib's HOG detector finds exactly one face."""
     import dlib
 
     detector = dlib.get_frontal_face_detector()
-    return float(np.mean([len(detector(image, 1)) == 1 for image in images]))
+    arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
+    return float(np.mean([len(detector(array, 1)) == 1 for array in arrays]))
 
 
 def score_images(generated, reference, weights, device):
@@ -804,7 +778,7 @@ def score_images(generated, reference, weights, device):
     weights: as in load_inception. The floor is the distance of as many random reference images, at most
     half, to the others. Raises ValueError or OSError.
     """
-    images = read_arrays(list_images(generated, at_least=2))
+    images = read_images(list_images(generated, at_least=2))
     net, name = load_inception(weights, device)
     stats = reference_statistics(reference, net, name)
     features, probabilities = inception_features(net, images)
@@ -814,7 +788,7 @@ def score_images(generated, reference, weights, device):
     real = stats["features"]
     if real is not None:
         result["kid"] = kernel_distance(features, real)
-        print("KID {:.5f} +- {:.5f} (standard error)".format(*result["kid"]))
+        print(f"KID {result['kid']:.5f}")
         real = real[np.random.default_rng(0).permutation(len(real))]
         n = min(len(real) // 2, len(images))
         result["n_floor"] = n
@@ -915,47 +889,23 @@ PAGE = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Four problems of deep generative vision</title>
 <style>
-:root { color-scheme: light dark; --page: #f7f6f3; --card: #fff; --text: #1d1c1a; --soft: #67635b;
-  --line: #dedad2; --mark: #2f5bb7; --good: #1d7a45; --bad: #b3361f }
-@media (prefers-color-scheme: dark) { :root { --page: #16171a; --card: #202226; --text: #e9e7e2;
-  --soft: #a3a098; --line: #363940; --mark: #8fb0f5; --good: #6cc793; --bad: #f08a74 } }
-* { box-sizing: border-box }
-body { max-width: 72rem; margin: 0 auto; padding: 2rem 1.2rem 4rem;
-  background: var(--page); color: var(--text); font: 16px/1.55 system-ui, sans-serif;
-  overflow-wrap: anywhere }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem }
-h2 { font-size: 1.35rem; margin: 3rem 0 .3rem; border-top: 1px solid var(--line); padding-top: 1.2rem }
-.notes, section > p, figcaption, .card small { color: var(--soft) }
-.notes { white-space: pre-line; margin: 0; font-size: .9rem }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr));
-  gap: 1rem; margin-top: 1.5rem }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: 1rem 1.1rem;
-  color: inherit; text-decoration: none }
-.card span { font-weight: 600; color: var(--mark) }
-.card b { display: block; font-size: 2rem; line-height: 1.3; font-variant-numeric: tabular-nums }
-.card small { display: block; line-height: 1.4 }
-.figures { columns: 2 22rem; column-gap: 1.2rem; margin-top: 1rem }
-figure { margin: 0 0 1.2rem; overflow: hidden; break-inside: avoid;
-  background: var(--card); border: 1px solid var(--line); border-radius: .7rem }
-figure img { display: block; width: 100%; height: auto; background: #fff }
-figcaption { padding: .6rem .9rem .8rem; font-size: .9rem }
+:root { color-scheme: light dark }
+body { max-width: 72rem; margin: auto; padding: 1rem; font: 1rem/1.5 system-ui; overflow-wrap: anywhere }
+.figures { columns: 2 22rem; column-gap: 1.2rem }
+figure { margin: 0 0 1.5rem; break-inside: avoid }
+figure img { display: block; width: 100%; border-radius: .5rem; background: #fff }
 .scroll, pre { overflow-x: auto }
-table { border-collapse: collapse; margin: 1rem 0; font-size: .92rem; font-variant-numeric: tabular-nums }
-td { border-bottom: 1px solid var(--line); padding: .35rem 1rem .35rem 0; vertical-align: top }
-td + td { overflow-wrap: normal } td:first-child { min-width: 10rem }
-tr:first-child td { color: var(--soft); font-size: .82rem }
-.pass { color: var(--good); font-weight: 600 } .fail { color: var(--bad); font-weight: 600 }
-details { margin-top: .8rem } summary { cursor: pointer; color: var(--mark) } pre { font-size: .8rem }
-@media print { body { background: none; max-width: none; padding: 0 } figure, .card { break-inside: avoid }
-  .figures { columns: 2 } }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+td { border-bottom: 1px solid #8886; padding: .35rem 1rem .35rem 0; overflow-wrap: normal }
+.pass { color: #2a9d55; font-weight: 600 } .fail { color: #d2503c; font-weight: 600 }
 </style>
 </head>
 <body>
 <h1>Four problems of deep generative vision</h1>
-<p class="notes">$notes</p>
-<div class="cards">$cards</div>
+<p>$notes</p>
 $sections
-<section><h2>Commands</h2>$commands</section>
+<h2>Commands, with their seconds</h2>
+<pre>$commands</pre>
 </body>
 </html>
 """)
@@ -977,81 +927,51 @@ BARS = {
     "dann SVHN → MNIST-M": (max, 0.42, 0.516),
     "dann USPS → SVHN": (max, 0.28, 0.342),
 }
-# what a figure shows; the first part of its name that is found here counts
-CAPTIONS = {
-    "compare": "The first 32 faces of A (left) and B (right). Look at eyes, hair and background.",
-    "_digit": "Features by digit. Ten clusters are wanted.",
-    "_domain": "The same features by domain. Both colours should lie on each other.",
-    "digits": "Rows are digits, columns noises. A row should hold one digit in ten handwritings.",
-    "reverse": "From noise to a digit: where can you read it first?",
-    "guidance": "A larger w makes digits clearer, and more alike.",
-    "first": "The first images, one for each noise.",
-    "eta_grid": "Rows are eta, columns noises. At eta 0 a noise has one face; added noise changes it.",
-    "inversion": "Faces, the noises that DDIM finds for them, and what comes back.",
-    "interpolation_p1": "From one latent to another on the sphere: does each image look real?",
-    "interpolation": "Between two noises. With lerp (below slerp) the noise in the middle is too short.",
-    "training": "What was logged in training.",
-}
+HEADER = ("", "here", "images or networks", "course's bar", "best of the reports", "")
 
 
-def read_scores(path):
-    """[(problem, key in BARS, label, whose, value, number of images or networks)] of a result file."""
+def read_scores(path, bars):
+    """Rows as HEADER has them, of a result file."""
     result = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    if path.name == "table.json":  # of p4
+        report = path.parent.name.removeprefix("p4_table").replace("_", " ")
+        for method, scenarios in result.items():
+            for scenario, runs in scenarios.items():
+                label = " → ".join(DOMAIN_NAMES[domain] for domain in scenario.split("-"))
+                share = float(np.mean([run["accuracy"] for run in runs]))
+                bar = bars.get(f"{method.removesuffix('-mt')} {label}")
+                rows.append(score_row(label, method + report, share, len(runs), bar))
+        return rows
     labels = LABELS | {"distance": result.get("name", "FID")}
     if labels["distance"] != "FID":
         del labels["is"]  # random weights have no classes
-    scores = []
     for key, value in result.items():
-        if path.name == "table.json":  # of p4: key is a method
-            report = path.parent.name.removeprefix("p4_table").replace("_", " ")
-            for scenario, runs in value.items():
-                label = " → ".join(DOMAIN_NAMES[domain] for domain in scenario.split("-"))
-                share = float(np.mean([run["accuracy"] for run in runs]))
-                scores.append(("p4", key[:4], label, key + report, share, len(runs)))
-        elif key in labels:
+        if key in labels:
             value = float(np.ravel(value)[0])  # of mean and deviation the mean
-            problem, whose = path.stem[:2], path.stem[3:]
-            if path.parent.name[2:].startswith("_figures"):
-                problem, whose = path.parent.name[:2], path.stem
-            scores.append((problem, problem, labels[key], whose, value, result.get("n", "")))
-    return scores
-
-
-def shown(label, value):
-    """A share in per cent, any other number with four digits."""
-    if value is None:
-        return ""
-    if label in ("digit accuracy", "face rate") or "→" in label:
-        return f"{100 * value:.1f} %"
-    return f"{value:.4g}"
-
-
-def score_table(scores, bars):
-    """Rows [what, value, number of images or networks, bar, best of the reports, verdict]."""
-    rows = [("", "here", "images or networks", "course's bar", "best of the reports", "")]
-    for _, problem, label, whose, value, n in scores:
-        better, bar, best = bars.get(f"{problem} {label}", (max, None, None))
-        verdict = ""
-        if bar is not None:
-            verdict = "pass" if better(value, bar) == value else "fail"
-        numbers = shown(label, value), n, shown(label, bar), shown(label, best)
-        rows.append((f"{label}, {whose}", *numbers, verdict))
+            whose = path.stem.partition("_")[2] or path.stem
+            bar = bars.get(f"{path.stem[:2]} {labels[key]}")
+            rows.append(score_row(labels[key], whose, value, result.get("n", ""), bar))
     return rows
 
 
+def score_row(label, whose, value, n, bar):
+    """A row of texts; shares are shown in per cent."""
+    pattern = "{:.1%}" if label in ("digit accuracy", "face rate") or "→" in label else "{:.4g}"
+    better, *limits = bar or (max, None, None)
+    texts = ["" if number is None else pattern.format(number) for number in (value, *limits)]
+    verdict = ""
+    if limits[0] is not None:
+        verdict = "pass" if better(value, limits[0]) == value else "fail"
+    return f"{label}, {whose}", texts[0], n, *texts[1:], verdict
+
+
 def figure(path):
-    """A PNG or a text as HTML; ValueError where it is damaged."""
-    _, _, report = path.parent.name.partition("_figures")
-    caption = next((text for part, text in CAPTIONS.items() if part in path.stem), path.stem)
-    whose = f"{path.stem.partition('_p1_')[2]}{report.replace('_', ' ')}".strip()
-    caption = html.escape(f"{whose}: {caption}" if whose else caption)
-    if path.suffix == ".txt":
-        text = html.escape(path.read_text(encoding="utf-8", errors="backslashreplace"))
-        return f"<details><summary>{html.escape(path.stem)}</summary><pre>{text}</pre></details>"
-    read_image(path)
+    """A PNG as HTML."""
+    name = html.escape(f"{path.parent.name}/{path.name}")
     data = base64.b64encode(path.read_bytes()).decode()
-    image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+    image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{name}</figcaption></figure>"
 
 
 def html_table(rows):
@@ -1059,95 +979,44 @@ def html_table(rows):
     body = ""
     for row in rows:
         cells = [html.escape(str(cell)) for cell in row]
-        marks = [f' class="{cell}"' if cell in ("pass", "fail") else "" for cell in cells]
-        body += "<tr>" + "".join(f"<td{mark}>{cell}</td>" for mark, cell in zip(marks, cells)) + "</tr>\n"
+        last = f'<td class="{cells[-1]}">{cells[-1]}</td>'  # pass or fail
+        body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells[:-1]) + last + "</tr>\n"
     return f'<div class="scroll"><table>{body}</table></div>'
 
 
-def card(problem, scores, bars):
-    """The head's link to a problem, with its best figure that has a bar, or else its first."""
-    own = [score for score in scores if score[0] == problem and "target" not in score[3]]
-    ours = [score for score in own if " " not in score[3] and "report" not in score[3]] or own
-    known = [score for score in ours if f"{score[1]} {score[2]}" in bars] or ours
-    if not known:
-        return f'<a class="card" href="#{problem}"><span>{TITLES[problem]}</span></a>'
-    label = known[0][2]
-    better, bar, best = bars.get(f"{known[0][1]} {label}", (max, None, None))
-    score = better([score for score in known if score[2] == label], key=lambda score: score[4])
-    value = shown(label, score[4])
-    text = f"{label}, {score[3]}"
-    if bar is not None:
-        text += f"; the course's bar {shown(label, bar)}"
-    if best is not None:
-        text += f"; the reports' best {shown(label, best)}"
-    return (
-        f'<a class="card" href="#{problem}"><span>{TITLES[problem]}</span>'
-        f"<b>{value}</b><small>{html.escape(text)}</small></a>"
-    )
-
-
-def read_commands(path, damaged):
-    """Rows [command, seconds of all its calls together] of run_all.sh's commands.tsv."""
-    seconds = {"command": "seconds"}
-    lines = path.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
-    for number, line in enumerate(lines, 1):
-        time, _, command = line.replace(" --resume", "").partition("\t")
-        if time.isdecimal() and command:
-            seconds[command] = seconds.get(command, 0) + int(time)
-        else:
-            damaged.append(f"line {number} of {path.name}")
-    return seconds.items()
-
-
 def write_report(out, built_in=()):
-    """Writes OUT/report.html of what run_all.sh left in OUT. Names damaged files, and leaves them out.
-
-    built_in: the problems ("p1", ...) whose figures are of the built-in data; they have no bars.
-    """
+    """Writes OUT/report.html of what run_all.sh left in OUT; the problems in `built_in` have no bars."""
     out = Path(out)
     if not out.is_dir():
         raise ValueError(f"{out}: no such folder; expected the OUT of run_all.sh")
-    scores = []
-    figures = {problem: [] for problem in TITLES}
-    damaged = []
+    rows = {problem: [] for problem in TITLES}
+    figures = {problem: "" for problem in TITLES}
     results = [*sorted(out.glob("p[1-3]_*.json")), *sorted(out.glob("p4_table*/table.json"))]
-    for path in results + sorted(out.glob("p[1-4]_figures*/[!.]*.*")):
+    results += sorted(out.glob("p[1-4]_figures*/[!.]*.json"))
+    for path in results:
+        problem = path.relative_to(out).parts[0][:2]
         try:
-            if path.suffix == ".json":
-                scores += read_scores(path)
-            elif path.suffix in (".png", ".txt"):
-                figures[path.parent.name[:2]].append(figure(path))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            damaged.append(path.name)
-    commands = ""
-    if (out / "commands.tsv").is_file():
-        commands = html_table(read_commands(out / "commands.tsv", damaged))
+            rows[problem] += read_scores(path, {} if problem in built_in else BARS)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            print(f"note: {path}: left out, because it is no result of the scripts", file=sys.stderr)
+    for path in sorted(out.glob("p[1-4]_figures*/[!.]*.png")):
+        figures[path.parent.name[:2]] += figure(path)
 
-    cards = ""
     sections = ""
     for problem, title in TITLES.items():
-        bars = {} if problem in built_in else BARS
-        own = [score for score in scores if score[0] == problem]
-        pictures = [text for text in figures[problem] if text.startswith("<figure")]
-        texts = [text for text in figures[problem] if not text.startswith("<figure")]
-        if not own + figures[problem]:
-            continue
-        cards += card(problem, scores, bars)
-        sections += f'<section id="{problem}"><h2>{title}</h2>\n'
-        if problem in built_in:
-            sections += "<p>Made with the built-in data: for trying things out, no results.</p>\n"
-        if own:
-            sections += html_table(score_table(own, bars))
-        sections += f'<div class="figures">{"".join(pictures)}</div>{"".join(texts)}</section>\n'
+        if rows[problem] or figures[problem]:
+            sections += f"<h2>{title}</h2>\n"
+            if problem in built_in:
+                sections += "<p>Made with the built-in data: for trying things out, no results.</p>\n"
+            if rows[problem]:
+                sections += html_table([HEADER, *rows[problem]])
+            sections += f'<div class="figures">{figures[problem]}</div>\n'
 
-    notes = [f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"]
-    if torch.cuda.is_available():
-        notes.append(torch.cuda.get_device_name())
-    if damaged:
-        notes.append(f"Left out, because damaged: {', '.join(damaged)}")
-        print(f"note: {out}: {notes[-1]}", file=sys.stderr)
-    notes = html.escape("\n".join(notes))
-    page = PAGE.substitute(notes=notes, cards=cards, sections=sections, commands=commands)
+    notes = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
+    commands = ""
+    if (out / "commands.tsv").is_file():
+        commands = (out / "commands.tsv").read_text(encoding="utf-8", errors="backslashreplace")
+    page = PAGE.substitute(notes=html.escape(notes), sections=sections, commands=html.escape(commands))
     write_whole(out / "report.html", lambda file: file.write(page.encode("utf-8", "backslashreplace")))
     print(out / "report.html")
 
@@ -1168,14 +1037,12 @@ def parse_args(argv=None):
     f.add_argument("generated", help="folder of images")
     f.add_argument("reference", help="folder of images, or .npz with mu and sigma")
     f.add_argument("--inception", metavar="FILE", help="pytorch-fid's weights (default: downloaded once)")
-    f.add_argument("--json", metavar="FILE", help="write the figures there (default: nowhere)")
     d = commands.add_parser("data", help="make the course's layout from the originals", allow_abbrev=False)
     d.add_argument("out", help="folder to make")
     d.add_argument("--from", dest="source", metavar="DIR", help="the original files (default: downloaded)")
     r = commands.add_parser("report", help="write OUT/report.html", allow_abbrev=False)
     r.add_argument("out", help="run_all.sh's OUT")
-    text = "problems with built-in data, which have no bars"
-    r.add_argument("--built-in", nargs="+", choices=tuple(TITLES), default=(), help=text)
+    r.add_argument("--built-in", nargs="+", choices=tuple(TITLES), default=(), help="these have no bars")
     return p.parse_args(argv)
 
 
@@ -1189,19 +1056,19 @@ def main(argv=None):
         args = parse_args(argv)
         if args.command == "fid":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            result = score_images(args.generated, args.reference, args.inception, device)
-            if args.json:
-                write_whole(args.json, lambda file: file.write(json.dumps(result, indent=1).encode()))
+            score_images(args.generated, args.reference, args.inception, device)
         elif args.command == "report":
             write_report(args.out, args.built_in)
         elif make_data(args.out, args.source):
             code = 1  # some parts cannot be made
     except (ValueError, OSError, ImportError) as e:
-        advice = "; pip install -r requirements.txt" if isinstance(e, ModuleNotFoundError) else ""
-        print("error:", f"{e}{advice}".replace("\n", " "), file=sys.stderr)
+        print("error:", str(e).replace("\n", " "), file=sys.stderr)
         code = 2
-    except torch.cuda.OutOfMemoryError as e:
-        print(f"error: {str(e).splitlines()[0]}; CUDA_VISIBLE_DEVICES= uses the CPU", file=sys.stderr)
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        found = str(e).partition("\n")[0] or "out of memory"
+        print(f"error: {found}; give fewer images; CUDA_VISIBLE_DEVICES= uses the CPU", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130
