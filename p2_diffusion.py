@@ -500,7 +500,7 @@ def evaluate(args):
 
 
 def grid(args):
-    """Writes digits.png (10x10), reverse.png (states of the first 0), guidance.png (w = 0, 0.5, 2),
+    """Writes digits.png (10x10), reverse.png (states of the first 0), guidance.png (w = 0, 0.5, 2) and
     training.png into --out. Prints the accuracy of --num images of each digit for each w.
     """
     from common import classify, digit_classifier, save_curves, save_grid
@@ -567,11 +567,7 @@ class ChannelNorm(nn.Module):
 
 
 class ReportAttention(nn.Module):
-    """Attention over all positions, with a norm before it and a skip connection.
-
-    linear: linear in the number of positions (1812.01243), with a ChannelNorm behind it.
-    bias: of the layer that makes queries, keys and values.
-    """
+    """Attention over all positions, or one that is linear in their number (1812.01243)."""
 
     def __init__(self, channels, norm, heads=1, head=None, bias=True, linear=False):
         super().__init__()
@@ -613,10 +609,9 @@ class Block2022a(nn.Module):
 
 
 class UNet2022a(nn.Module):
-    """The network of report 2022a (after lucidrains/denoising-diffusion-pytorch), 36,254,339 parameters.
+    """36,254,339 parameters, after lucidrains/denoising-diffusion-pytorch. There is no NULL.
 
-    Linear attention at each of four levels, full attention in the middle. The label's embedding is added
-    to the time's; there is no NULL. Sides are padded to multiples of 8: 28x28 becomes 32x32.
+    Linear attention at each of four levels, full attention in the middle; 28x28 is padded to 32x32.
     """
 
     def __init__(self):
@@ -698,10 +693,9 @@ class Down2022b(nn.Module):
 
 
 class UNet2022b(nn.Module):
-    """The network of report 2022b (after zoubohao/DenoisingDiffusionProbabilityModel-ddpm-).
+    """33,293,187 parameters at T = 200, after zoubohao/DenoisingDiffusionProbabilityModel-ddpm-.
 
-    It has 33,293,187 parameters at T = 200: a table of the steps, row 0 of the labels for NULL, and
-    single-head attention in every block on the way down.
+    It has a table of the steps, and single-head attention in every block on the way down.
     """
 
     def __init__(self, T=200, dropout=0.15):
@@ -719,9 +713,8 @@ class UNet2022b(nn.Module):
                 self.down.append(Down2022b(c_in))
             else:
                 self.down.append(Block2022b(c_in, c_out, dropout, attention=True))
-        self.middle = nn.ModuleList(
-            [Block2022b(256, 256, dropout, attention=True), Block2022b(256, 256, dropout)]
-        )
+        first = Block2022b(256, 256, dropout, attention=True)
+        self.middle = nn.ModuleList([first, Block2022b(256, 256, dropout)])
         self.up = nn.ModuleList()
         c = 256
         for i, width in enumerate([256] * 6 + [128] * 3):
@@ -731,7 +724,10 @@ class UNet2022b(nn.Module):
                 self.up.append(nn.ConvTranspose2d(c, c, 5, stride=2, padding=2, output_padding=1))
                 self.up.append(nn.Conv2d(c, c, 3, padding=1))
         self.out = nn.Sequential(nn.GroupNorm(32, 128), nn.SiLU(), nn.Conv2d(128, 3, 3, padding=1))
-        self.apply(self.initialize)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
         lasts = [self.out[-1]]
         for module in self.modules():
             if isinstance(module, Block2022b):
@@ -744,12 +740,6 @@ class UNet2022b(nn.Module):
     @staticmethod
     def embed(table):
         return nn.Sequential(table, nn.Linear(128, 512), nn.SiLU(), nn.Linear(512, 512))
-
-    @staticmethod
-    def initialize(module):
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
 
     def forward(self, x, t, y):
         emb = self.time(t), self.label((y + 1) % (DIGITS + 1))  # NULL is row 0
@@ -769,10 +759,7 @@ class UNet2022b(nn.Module):
 
 
 class DoubleConv(nn.Module):
-    """Convolution without bias, norm over all channels, GELU, convolution, norm.
-
-    residual: the input is added, and GELU follows.
-    """
+    """Convolution without bias, norm over all channels, GELU, convolution, norm; residual: and x, GELU."""
 
     def __init__(self, c_in, c_middle, c_out, residual=False):
         super().__init__()
@@ -807,10 +794,7 @@ class Stage2022c(nn.Module):
 
 
 class UNet2022c(nn.Module):
-    """The network of report 2022c (after dome272/Diffusion-Models-pytorch), 4,561,027 parameters.
-
-    NULL leaves the label's embedding out. One way down halves 28x28 to 14x14, the next to 7x7.
-    """
+    """4,561,027 parameters, after dome272/Diffusion-Models-pytorch. NULL leaves the label's embedding out."""
 
     def __init__(self):
         super().__init__()
@@ -837,10 +821,7 @@ class UNet2022c(nn.Module):
 
 
 class ConvPair(nn.Module):
-    """Convolution, BatchNorm, GELU, twice.
-
-    residual: the output of the first is added, and the sum divided by the root of 2.
-    """
+    """Convolution, BatchNorm, GELU, twice; residual: the sum of both outputs, over the root of 2."""
 
     def __init__(self, c_in, c_out, residual=False):
         super().__init__()
@@ -859,14 +840,10 @@ class ConvPair(nn.Module):
 
 
 class ContextUnet(nn.Module):
-    """The network of the 2023 report (after TeaPearce/Conditional_Diffusion_MNIST).
+    """Report 2023: 18,743,187 parameters at n = 216, after TeaPearce/Conditional_Diffusion_MNIST."""
 
-    It has 18,743,187 parameters at width 216, and the same call as UNet.
-    """
-
-    def __init__(self, width=216, T=400):
+    def __init__(self, n=216, T=400):
         super().__init__()
-        n = width
         self.T = T
         self.init_conv = ConvPair(3, n, residual=True)
         self.down1 = nn.Sequential(ConvPair(n, n), nn.MaxPool2d(2))  # 14x14
@@ -876,14 +853,11 @@ class ContextUnet(nn.Module):
         self.time2 = self.embed(1, n)
         self.context1 = self.embed(DIGITS, 2 * n)
         self.context2 = self.embed(DIGITS, n)
-        self.up0 = nn.Sequential(
-            nn.ConvTranspose2d(2 * n, 2 * n, 7, 7), nn.GroupNorm(8, 2 * n), nn.ReLU()
-        )  # 7x7
+        self.up0 = nn.Sequential(nn.ConvTranspose2d(2 * n, 2 * n, 7, 7), nn.GroupNorm(8, 2 * n), nn.ReLU())
         self.up1 = nn.Sequential(nn.ConvTranspose2d(4 * n, n, 2, 2), ConvPair(n, n), ConvPair(n, n))  # 14x14
         self.up2 = nn.Sequential(nn.ConvTranspose2d(2 * n, n, 2, 2), ConvPair(n, n), ConvPair(n, n))  # 28x28
-        self.out = nn.Sequential(
-            nn.Conv2d(2 * n, n, 3, padding=1), nn.GroupNorm(8, n), nn.ReLU(), nn.Conv2d(n, 3, 3, padding=1)
-        )
+        first = nn.Conv2d(2 * n, n, 3, padding=1), nn.GroupNorm(8, n), nn.ReLU()
+        self.out = nn.Sequential(*first, nn.Conv2d(n, 3, 3, padding=1))
 
     @staticmethod
     def embed(c_in, c_out):

@@ -16,6 +16,7 @@ import p2_diffusion as p2
 
 SHORT = ["--batch-size", "8", "--T", "20", "--device", "cpu", "--precision", "float32"]
 TINY = ["--channels", "32", "32", *SHORT]
+IMAGES = torch.randint(256, (10, 3, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
 UNEVEN = torch.tensor([0.9, 0.64, 0.36, 0.1], dtype=torch.float64)  # an alpha_bar for values by hand
 
 
@@ -539,8 +540,7 @@ def test_weights_that_move(tmp_path):
     args = p2.parse_args([*TINY, *options])
     torch.manual_seed(0)
     before = p2.build(args).state_dict()
-    images = torch.randint(256, (10, 3, 28, 28), dtype=torch.uint8)
-    p2.train(args, images, torch.arange(10) % 5)
+    p2.train(args, IMAGES, torch.arange(10) % 5)
     after = torch.load(tmp_path / "a.pt", weights_only=True)["model"]
     labels, before_labels = after.pop("label.weight"), before.pop("label.weight")
     assert [name for name, value in before.items() if torch.equal(after[name], value)] == []
@@ -706,9 +706,8 @@ def test_no_guidance_without_a_null_class(model):
 def ckpt(tmp_path_factory):
     """A tiny network after four large steps."""
     path = tmp_path_factory.mktemp("ckpt") / "tiny.pt"
-    images = torch.randint(256, (10, 3, 28, 28), dtype=torch.uint8)
     options = [*TINY, "--steps", "4", "--lr", "1", "--ckpt", str(path)]
-    p2.train(p2.parse_args(options), images, torch.arange(10))
+    p2.train(p2.parse_args(options), IMAGES, torch.arange(10))
     return path
 
 
@@ -767,11 +766,10 @@ def test_what_the_command_line_tells_generate():
 
 def test_guide(ckpt, tmp_path, error):
     """Autoguidance 1 is the network alone, 50 changes the digits; a guide that does not fit is refused."""
-    images = torch.randint(256, (10, 3, 28, 28), dtype=torch.uint8)
 
     def make(name, *options):
         command = [*SHORT, "--channels", "32", "--steps", "2", "--lr", "1", "--ckpt", str(tmp_path / name)]
-        p2.train(p2.parse_args([*command, *options]), images, torch.arange(10))
+        p2.train(p2.parse_args([*command, *options]), IMAGES, torch.arange(10))
         return ["--guide", str(tmp_path / name)]
 
     guide = make("guide.pt")
