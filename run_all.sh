@@ -2,7 +2,7 @@
 # Everything in one command: samples, scores, figures, and a page of it all.
 #
 #   bash run_all.sh                          with the weights that come with it, minutes, results in results/
-#   bash run_all.sh --train                  trains all four on built-in data first, 15 minutes
+#   bash run_all.sh --train                  trains on built-in data first, 15 minutes, results in results-train/
 #   bash run_all.sh IN OUT [p1 p2 p3 p4]     trains on the course's data in IN, a day; called again it goes on
 #   bash run_all.sh IN OUT reports [NAME...] the systems of the five reports, 2021 2022a 2022b 2022c 2023: days
 #
@@ -41,14 +41,14 @@ case "$#:${1-}" in
   4:p4) bonus "${@:2}" --method dann ;;
   4:bonus) bonus "${@:2}" ;;
   0:) in=; out=results; train=; problems=(p1 p2 p3 p4) ;;
-  1:--train) in=; out=results; train=yes; problems=(p1 p2 p3 p4) ;;
+  1:--train) in=; out=results-train; train=yes; problems=(p1 p2 p3 p4) ;;
   *) [ $# -ge 2 ] || usage
      [ -d "$1" ] || { echo "error: $1: no such folder" >&2; usage; }
      in=$1; out=$2; train=yes; shift 2; problems=("$@"); [ $# -gt 0 ] || problems=(p1 p2 p3 p4) ;;
 esac
 
 names=(2021 2022a 2022b 2022c 2023)  # of the reports
-if [ "${problems[0]}" = reports ]; then
+if [ "${problems[0]}" = reports ]; then  # alone: what follows are names
   if [ ${#problems[@]} -gt 1 ]; then names=("${problems[@]:1}"); fi
   for name in "${names[@]}"; do
     case $name in 2021|2022a|2022b|2022c|2023) ;; *) usage ;; esac
@@ -56,7 +56,7 @@ if [ "${problems[0]}" = reports ]; then
   problems=(reports)
 fi
 for problem in "${problems[@]}"; do
-  case $problem in p1|p2|p3|p4|reports) ;; *) usage ;; esac
+  case ${#problems[@]}:$problem in *:p[1-4]|1:reports) ;; *) usage ;; esac
 done
 domains_of() { case $1 in p1|p2) echo mnistm ;; p4|reports) echo mnistm svhn usps ;; esac; }
 digits() {  # stops here, not after hours, if --data lacks one of these domains
@@ -85,10 +85,26 @@ if [ -n "$in" ]; then
 fi
 mkdir -p "$out"
 
+child=
+stop() {  # SIGNAL, CODE: passes it on to the script that runs, and waits until that has saved
+  trap '' INT TERM HUP
+  if [ -n "$child" ]; then
+    if [ "$1" != INT ]; then kill -s "$1" "$child" || true; fi  # Ctrl-C has reached it already
+    wait "$child" || true
+  fi
+  exit "$2"
+}
+trap 'stop INT 130' INT
+trap 'stop TERM 143' TERM
+trap 'stop HUP 129' HUP
+
 run() {  # a script with its options, and its time for the report
   local start=$SECONDS code=0
   echo "+ $*"
-  python3 "$here/$1" "${@:2}" || code=$?
+  (trap - INT; exec python3 "$here/$1" "${@:2}") &  # bash takes no signal while it runs a command itself
+  child=$!
+  wait "$child" || code=$?
+  child=
   printf '%s\t%s\n' "$((SECONDS - start))" "python3 $*" >> "$out/commands.tsv"
   if [ $code -ne 0 ]; then
     report > /dev/null || true  # of what there is
@@ -127,7 +143,7 @@ p2() {
   run p2_diffusion.py --mode sample --ckpt "$ckpt" --out "$out/p2_digits"
   local scored=(--mode eval --ckpt "$ckpt" --input "$out/p2_digits" --out "$out/p2_digits.json")
   run p2_diffusion.py "${scored[@]}" ${data[@]+"${data[@]}"}
-  run p2_diffusion.py --mode grid --ckpt "$ckpt" $(short --num 5) --out "$out/p2_figures"
+  run p2_diffusion.py --mode grid --ckpt "$ckpt" ${data[@]+"${data[@]}"} $(short --num 5) --out "$out/p2_figures"
 }
 p3() {
   local given=() sampler=()
@@ -141,7 +157,7 @@ p3() {
   if [ $faces ] && weights p3_ddim p3_ddim.py $(short --fast --steps 400); then
     local how=(--sampler dpm++ --ckpt "$ckpt")
     if [ -z "$train" ]; then how+=(--guide "$here/.weights/p3_guide.pt"); fi
-    run p3_ddim.py --mode sample "${how[@]}" $(short --num 200 --sample-steps 8) --out "$out/p3_faces"
+    run p3_ddim.py --mode sample "${how[@]}" $(short --num 64 --sample-steps 8) --out "$out/p3_faces"
     evaluate p3_ddim.py "$out/p3_faces"
     run p3_ddim.py --mode grid "${how[@]}" --out "$out/p3_figures"
     run p3_ddim.py --mode invert --ckpt "$ckpt" ${data[@]+"${data[@]}"} $(short --sample-steps 10 --num 4) \
@@ -193,9 +209,10 @@ reports() {
     fi
     if [ "$name" = 2023 ] && [ -e "$in/face/UNet.pt" ]; then
       local given=(--ckpt "$in/face/UNet.pt" --noise "$in/face/noise")
-      run p3_ddim.py --mode eta-grid --report 2023 "${given[@]}" --out "$out/p3_figures_2023"
-      run p3_ddim.py --mode eta-grid --report 2023 --eta 0.5 0.5 "${given[@]}" --out "$out/p3_figures_2023_eta"
-      run p3_ddim.py --mode interpolate --report 2023 "${given[@]}" --out "$out/p3_figures_2023"
+      run p3_ddim.py --mode eta-grid "${given[@]}" --eta 0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 \
+        --out "$out/p3_figures_2023"
+      run p3_ddim.py --mode eta-grid "${given[@]}" --eta 0.5 0.5 --out "$out/p3_figures_2023_eta"
+      run p3_ddim.py --mode interpolate "${given[@]}" --out "$out/p3_figures_2023"
     fi
     run p4_dann.py --mode table --report "$name" --seeds "${seeds[@]}" --ckpt "$out" --data "$in" \
       --out "$out/p4_table_$name"
