@@ -596,15 +596,12 @@ def a_distance(source, target):
 
 def drawn_domains(args, settings):
     """The (source, target) that tsne draws: those of the training; for one domain those of the options."""
-    trained = (settings.labelled, settings.unlabelled)
-    named = (args.source, args.target)
-    if settings.unlabelled is None:
-        right = None not in named and settings.labelled in named and args.source != args.target
-        pair = named
-        expected = f"--source and --target, one of them {settings.labelled}"
-    else:
-        right = args.source in (None, trained[0]) and args.target in (None, trained[1])
-        pair = trained
+    pair = (args.source, args.target)
+    right = None not in pair and settings.labelled in pair and args.source != args.target
+    expected = f"--source and --target, one of them {settings.labelled}"
+    if settings.unlabelled is not None:
+        pair = (settings.labelled, settings.unlabelled)
+        right = args.source in (None, pair[0]) and args.target in (None, pair[1])
         expected = "the domains of its training; leave --source and --target out"
     if not right:
         found = f"--source {args.source} --target {args.target} with {args.ckpt} ({describe(settings)})"
@@ -739,13 +736,8 @@ REPORTS = {  # 2021: 20 epochs, 30 from USPS to SVHN; (o) the batch
     "2022c": dict(optimizer="adam", decay="thirds", domain_weight=2.0, steps=2000),  # three losses in one sum
     "2023": dict(optimizer="adam", lr=3e-4, batch_size=1024, epochs=100),
 }
-REPORT_ARCHS = {
-    "2021": ["large", *TINY],  # the second for USPS to SVHN
-    "2022a": ["dann"],
-    "2022b": ["small"],
-    "2022c": ["dann"],  # (o) it is not listed
-    "2023": ["paper"],
-}
+REPORT_ARCHS = {"2022a": ["dann"], "2022b": ["small"], "2022c": ["dann"], "2023": ["paper"]}  # (o) 2022c's
+REPORT_ARCHS["2021"] = ["large", *TINY]  # the second for USPS to SVHN
 EVERY_REPORT = dict(method="dann", methods=["source", "dann", "target"], scenarios=DIRECTIONS, arch=None)
 EVERY_REPORT |= dict(betas=[0.9, 0.999], weight_decay=0.0, decay="none", clip=math.inf, steps=None)
 
@@ -755,7 +747,10 @@ def of_direction(args, scenario):
     arch = REPORT_ARCHS[args.report][0]
     epochs = None
     if args.report == "2021":
-        arch, epochs = ("tiny", 30) if scenario == "usps-svhn" else ("large", 20)
+        epochs = 20
+        if scenario == "usps-svhn":
+            arch = "tiny"
+            epochs = 30
     return dict(arch=args.arch or arch, epochs=args.epochs or epochs)
 
 

@@ -557,7 +557,7 @@ def test_our_network(pairs, parameters):
     assert kinds[0] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
     assert kinds[1] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
     assert torch.allclose(net.marginal, torch.full((10,), 0.1))
-    assert net.views is False and net.report is False
+    assert net.views is False and net.report is False and p4.Net().domain[-1].out_features == 2
 
 
 def test_padding_of_a_convolution():
