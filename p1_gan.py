@@ -17,6 +17,9 @@ on one shared core of an AMD EPYC. README.md has the tables and the commands.
 # SPDX-License-Identifier: MIT
 import argparse
 import contextlib
+import fcntl
+import functools
+import hashlib
 import json
 import math
 import os
@@ -26,6 +29,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -362,7 +366,8 @@ def train(args, images, labels=None):
     spread = thousand.float().std(0).mean().item() / 127.5
     parts = dict(model=g, ema=ema, discriminator=d, optim_g=optim_g, optim_d=optim_d)
     steps = args.steps or args.epochs * math.ceil(len(images) / args.batch_size)
-    run = Run(args, images, lambda: recalibrate(args, ema, spread), **parts)
+    data = (images,) if labels is None else (images, labels)
+    run = Run(args, steps, settings_of(args, steps), data, parts, lambda: recalibrate(args, ema, spread))
     images = images.to(args.device)
     labels = None if labels is None else labels.to(args.device)
     for step in run:
@@ -402,9 +407,9 @@ def generate(model, settings, z, digits=None):
     model, settings: of load_model. z: for instance latents([(i,) for i in range(N)]).
     digits: N integers in 0..9, for acgan alone. Raises ValueError for what is not of this form.
     """
-    check_latents(settings.method, z, digits)
+    digits = check_latents(settings.method, z, digits)
     device = next(model.parameters()).device
-    y = None if digits is None else torch.as_tensor(digits, device=device).long()
+    y = None if digits is None else torch.tensor(digits, device=device)
     x = model(z.to(device, torch.float32), y)
     if settings.method == "acgan" and x.shape[2] > 28:  # 2021's have 64x64 pixels; the grader wants 28x28
         x = F.interpolate(x, 28, mode="bilinear", antialias=True)
@@ -412,6 +417,22 @@ def generate(model, settings, z, digits=None):
 
 
 # ---------------- evaluate and plots ----------------
+
+
+def load_model(path, device="cpu", option="--ckpt"):
+    """(EMA generator in eval mode, its settings) of a checkpoint, or of weights in .weights/.
+
+    Raises ValueError or OSError, naming the `option` of the command line, for other files.
+    """
+    return load_network(load_checkpoint(path, option), path, device, option)
+
+
+def load_shown(args, path):
+    """load_model for a mode of the command line, which says what it uses."""
+    model, settings = load_model(path, args.device)
+    if args.rank == 0:
+        print(f"weights: {path}, {settings.trained}")
+    return model, settings
 
 
 def image_keys(method, count):
@@ -464,15 +485,15 @@ def interpolation(model, settings, seed):
 
 def sample(args):
     """Writes --num faces 0000.png ..., or --num digits of each class 0_001.png ..., into the folder --out."""
-    model, settings = load_model(args.ckpt, args.device)
+    model, settings = load_shown(args, args.ckpt)
     out = Path(args.out)
     if settings.method == "acgan":
-        keys = image_keys("acgan", args.num or DIGIT_NUM)
+        keys = image_keys("acgan", args.num or 100)
         names = [f"{digit}_{number:03d}.png" for digit, number in keys]
     else:
-        keys = image_keys(settings.method, args.num or FACE_NUM)
+        keys = image_keys(settings.method, args.num or 1000)
         names = [f"{number:04d}.png" for (number,) in keys]
-    prepare_folder(args, out, names)
+    out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     mine = range(args.rank, len(keys), args.world)
     bar = progress_bar(args, len(mine), "sample", "image")
@@ -506,8 +527,8 @@ def evaluate(args):
 
 
 def grid(args):
-    """Writes first_<name>.png (32 faces, or 10 of each digit), interpolation_<name>.png, network_<name>.txt
-    and training_<name>.png of each --ckpt into --out; those like the first also as compare.png.
+    """Writes first_<name>.png (32 faces, or 10 of each digit), interpolation_<name>.png and
+    training_<name>.png of each --ckpt into --out; those like the first also as compare.png.
     """
     from common import save_curves
 
@@ -519,14 +540,10 @@ def grid(args):
     out.mkdir(parents=True, exist_ok=True)
     pictures = []
     for path, name in zip(args.ckpts, names):
-        model, settings = load_model(path, args.device)
+        model, settings = load_shown(args, path)
         pictures.append(first_images(model, settings, args.seed))
         write_png(out / f"first_{name}.png", pictures[-1])
         write_png(out / f"interpolation_{name}.png", interpolation(model, settings, args.seed))
-        text = ""
-        for net in build(settings):
-            text += f"{sum(p.numel() for p in net.parameters()):,} parameters\n{net}\n"
-        write_text(out / f"network_{name}.txt", text)
         log = log_path(path)
         if log.is_file():
             columns = ["d_loss", "g_loss", "d_real", "d_fake"]
@@ -604,17 +621,51 @@ REPORTS = {
 OF_REPORTS = dict(ema=0.0, diffaugment="none", decay="none")
 
 
-# ---------------- service: files, checkpoints, command line ----------------
+# ---------------- command line ----------------
 
 NAME = "p1_gan"
-# settings that a checkpoint keeps; --resume refuses others
+ADVICE = (
+    f"make one with: python {NAME}.py --mode train --data DIR --ckpt FILE, the same --method and --report"
+)
+SHARED = ("train", "sample")  # the modes that torchrun's processes share
+# settings that a checkpoint keeps: --resume refuses others
 NETWORK = ("method", "report")
-TRAINING = ("batch_size", "lr", "lr_d", "betas", "weight_decay", "decay", "n_critic", "g_updates")
-TRAINING += ("ema", "loss", "diffaugment", "label_smoothing", "instance_noise", "digit_weight")
-TRAINING += ("flip", "seed")
-COLUMNS = ("d_loss", "g_loss", "d_real", "d_fake", "d_gradient", "g_gradient")  # of the log
-FACE_NUM = 1000  # --num left out: faces in all, and digits of each class
-DIGIT_NUM = 100
+TRAINING = (
+    "batch_size",
+    "lr",
+    "lr_d",
+    "betas",
+    "weight_decay",
+    "decay",
+    "n_critic",
+    "g_updates",
+    "ema",
+    "loss",
+)
+TRAINING += ("diffaugment", "label_smoothing", "instance_noise", "digit_weight", "flip", "seed")
+
+# what each method trains with; -h explains the names
+# fmt: off
+PRESETS = {
+    "dcgan":  dict(lr=2e-4, lr_d=2e-4, betas=[0.5, 0.999], n_critic=1, g_updates=1, ema=0.0, loss="bce",
+                   diffaugment="none", decay="none", batch_size=64, steps=7000, flip=True),
+    "wgangp": dict(lr=1e-4, lr_d=1e-4, betas=[0.0, 0.9], n_critic=5, g_updates=1, ema=0.0, loss="wasserstein",
+                   diffaugment="none", decay="none", batch_size=64, steps=7000, flip=True),
+    "sngan":  dict(lr=2e-4, lr_d=2e-4, betas=[0.5, 0.999], n_critic=1, g_updates=2, ema=0.999, loss="hinge",
+                   diffaugment="translation", decay="linear", batch_size=16, steps=20000, flip=True),
+    "acgan":  dict(lr=2e-4, lr_d=2e-4, betas=[0.5, 0.999], n_critic=1, g_updates=2, ema=0.999, loss="hinge",
+                   diffaugment="translation", decay="linear", batch_size=32, steps=10000, flip=False),
+}
+# fmt: on
+
+
+def settings_of(args, steps):
+    """What a checkpoint keeps of a training; `steps` where a step depends on how many there are."""
+    settings = {name: getattr(args, name) for name in NETWORK + TRAINING}
+    fades = args.method == "acgan" and args.digit_weight != 1
+    if args.decay != "none" or args.instance_noise > 0 or fades:
+        settings["steps"] = steps
+    return settings
 
 
 def check_training_set(method, images, labels):
@@ -634,537 +685,123 @@ def check_training_set(method, images, labels):
 
 
 def check_latents(method, z, digits):
-    """Raises ValueError unless z and, for acgan, digits are what `generate` takes."""
+    """The digits as a list, or None; raises ValueError unless z and digits are what `generate` takes."""
     if z.layout != torch.strided or not z.is_floating_point() or z.ndim != 2 or z.shape[1] != Z:
         found = f"{z.dtype} {tuple(z.shape)} ({z.layout})"
         raise ValueError(f"z: found {found}, expected a dense float tensor (N, {Z})")
     if not torch.isfinite(z).all():
         raise ValueError("z: found nan or inf, expected finite numbers")
-    if method == "acgan" and digits is None:
-        raise ValueError("digits: found none; acgan needs the digit of each image")
-    if method == "acgan" and (len(digits) != len(z) or not set(map(int, digits)) <= set(range(DIGITS))):
-        raise ValueError(f"digits: expected {len(z)} integers in 0 to {DIGITS - 1}")
+    if method != "acgan":
+        return None
+    digits = whole_numbers([] if digits is None else digits, "digits", 0, DIGITS - 1)
+    if len(digits) != len(z):
+        raise ValueError(f"digits: found {len(digits)}, expected one for each of {len(z)} latents")
+    return digits
 
 
-def write_whole(path, write):
-    """Writes a file whole or not at all: write(file) fills a temporary file, which is then renamed."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path}: is a folder or a device; expected the name of a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise OSError(f"{path}: cannot be written ({reason})") from e
-
-
-def write_text(path, text):
-    """Writes a text file, whole or not at all."""
-    write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
-
-
-def write_png(path, image):
-    """Writes uint8 (3, H, W) as PNG, whole or not at all."""
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    write_whole(path, lambda file: picture.save(file, "PNG"))
-
-
-def prepare_folder(args, out, names):
-    """Makes the folder `out`; warns of entries that are none of `names`, for graders read them all."""
-    out.mkdir(parents=True, exist_ok=True)
-    others = sorted(set(os.listdir(out)) - set(names) - {f"{name}.tmp" for name in names})
-    if others and args.rank == 0:
-        some = ", ".join(others[:20])
-        message = f"{out} holds {len(others)} other entries ({some}); graders read every file"
-        print(f"warning: {message}: use an empty folder", file=sys.stderr)
-
-
-def log_path(ckpt):
-    """model.log.csv for model.pt; for any other name that name with .log.csv."""
-    return Path(f"{str(ckpt).removesuffix('.pt')}.log.csv")
-
-
-def load_checkpoint(path):
-    """The dict of a checkpoint of this script, read without running code from it."""
-    if not Path(path).is_file():
-        options = f"--data DIR --ckpt {path} and the same --method and --report"
-        advice = f"make one with: python {NAME}.py --mode train {options}"
-        raise FileNotFoundError(f"--ckpt {path}: no such file; {advice}")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch.load raises many types for damaged or hostile files
-        raise ValueError(f"--ckpt {path}: not a readable checkpoint ({type(e).__name__})") from e
-    found = ckpt.get("script", list(ckpt)[:3]) if isinstance(ckpt, dict) else type(ckpt).__name__
-    known = found == NAME and isinstance(ckpt.get("args"), dict) and isinstance(ckpt.get("ema"), dict)
-    if known:
-        ckpt["args"].setdefault("report", None)  # files from before it was an option
-    if not known or set(NETWORK) - ckpt["args"].keys():
-        raise ValueError(f"--ckpt {path}: found {found}, expected a checkpoint of this {NAME}.py")
-    return ckpt
-
-
-def load_weights(net, state, path):
-    """Fills `net` from a state dict; names of DistributedDataParallel and torch.compile are understood.
-
-    Raises ValueError where names or shapes differ, or a weight is sparse or not finite.
-    """
-    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value for name, value in state.items()}
-    found = {name: tuple(getattr(value, "shape", [])) for name, value in weights.items()}
-    wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-    differ = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
-    if differ:
-        first = f"{differ[0]} is {found.get(differ[0])}, expected {wanted.get(differ[0])}"
-        raise ValueError(f"--ckpt {path}: {len(differ)} weights are not this network's; {first}")
-    sparse = [name for name, value in weights.items() if value.layout != torch.strided]
-    broken = sparse or [name for name, value in weights.items() if not torch.isfinite(value).all()]
-    if broken:
-        message = f"{len(broken)} weights are sparse or not finite, for instance {broken[0]}"
-        raise ValueError(f"--ckpt {path}: {message}")
-    net.load_state_dict(weights)
-
-
-def load_model(path, device="cpu"):
-    """(EMA generator in eval mode, its settings) of a checkpoint, or of weights in .weights/.
-
-    Raises ValueError or OSError where the file is none of this script's.
-    """
-    ckpt = load_checkpoint(path)
-    settings = argparse.Namespace(**ckpt["args"], device=torch.device(device))
-    model, _ = build(settings)
-    load_weights(model, ckpt["ema"], path)
-    return model.eval(), settings
-
-
-def progress_bar(args, total, what, unit, initial=0):
-    """A tqdm bar of the first process; TQDM_DISABLE=1 hides it. In a file it writes a line a minute."""
-    try:
-        from tqdm import tqdm
-    except ImportError:  # the file copied alone runs without progress bars
-        tqdm = None
-    if tqdm is None or args.rank > 0:
-        nothing = lambda *_, **__: None
-        return argparse.Namespace(update=nothing, set_postfix=nothing, close=nothing)
-    interval = 1 if sys.stderr.isatty() else 60
-    return tqdm(total=total, desc=what, unit=unit, initial=initial, mininterval=interval)
-
-
-def fixed_length(args):
-    """What makes a step depend on --steps, so that a run cannot be prolonged; "" where nothing does."""
-    if args.method == "acgan" and args.digit_weight != 1:
-        return f"--digit-weight {args.digit_weight}"
-    if args.decay != "none":
-        return f"--decay {args.decay}"
-    return "--instance-noise" if args.instance_noise > 0 else ""
-
-
-class Run:
-    """What surrounds a training loop: --resume, progress bar, log, checkpoints, Ctrl-C, torchrun.
-
-    `for step in run` counts from 1, or from where the checkpoint stopped, to the last.
-    finish(): makes the averaged generator ready to be saved or shown.
-    parts: the networks and the optimisers, all that a checkpoint holds of them.
-    """
-
-    def __init__(self, args, images, finish, **parts):
-        self.args = args
-        self.finish = finish
-        self.parts = parts
-        self.name = str(args.ckpt).removesuffix(".pt")  # of what is written beside the checkpoint
-        self.settings = {key: getattr(args, key) for key in NETWORK + TRAINING}
-        self.images = [len(images), images.sum().item()]  # --resume asks for the same
-        self.steps = args.steps or args.epochs * math.ceil(len(images) / args.batch_size)
-        self.step = 0
-        self.seconds = 0.0
-        self.log = []
-        self.totals = {}
-        self.count = 0
-        self.signalled = False
-        if args.batch_size % args.world:
-            raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {args.world} processes")
-        if args.resume:
-            self.resume()
-        elif args.rank == 0:  # a folder that cannot be written shows now, not after hours
-            if Path(args.ckpt).exists():
-                raise ValueError(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
-            write_whole(args.ckpt, lambda file: None)
-            os.remove(args.ckpt)
-        if args.world > 1 and args.device.type == "cuda":
-            torch.cuda.set_device(args.device)
-            dist.init_process_group("nccl")
-        elif args.world > 1:
-            dist.init_process_group("gloo")
-        if args.rank > 0:  # every process draws images and noise of its own
-            rng = np.random.default_rng([args.seed, self.step, args.rank])
-            torch.manual_seed(int(rng.integers(2**62)))
-
-    def __iter__(self):
-        args = self.args
-        handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            for name in (signal.SIGINT, signal.SIGTERM):
-                handlers[name] = signal.signal(name, self.on_signal)
-        precision = "bf16" if args.bf16 else "float32"
-        self.say(f"{args.method}: {self.images[0]:,} images, {args.device}, {precision}")
-        self.bar = progress_bar(args, self.steps, "train", "step", initial=self.step)
-        every = min(100, max(10, self.steps // 20))  # steps between rows of the log
-        start = time.perf_counter() - self.seconds
-        saved = self.row_seconds = self.seconds
-        stopped = False
-        try:
-            while self.step < self.steps and not stopped:
-                self.step += 1
-                yield self.step
-                self.seconds = time.perf_counter() - start
-                self.bar.update()
-                stopped = self.agree_to_stop()
-                due = self.seconds - saved > 120
-                keep = args.keep > 0 and self.step % args.keep == 0
-                show = self.step % 500 == 0 and self.step < self.steps
-                if due or keep or show or self.step % every == 0:
-                    self.add_row()
-                if due or keep or show:
-                    self.finish()
-                if keep:
-                    self.save(f"{self.name}_{self.step:06d}.pt", again=True)
-                if due:
-                    saved = self.seconds
-                    self.save(args.ckpt, again=True)
-                if show:
-                    self.show()
-            self.add_row()
-            self.finish()
-            self.save(args.ckpt)
-            self.show()
-            if args.world > 1:  # after an error it would wait for the other processes
-                dist.destroy_process_group()
-        finally:
-            self.bar.close()
-            for name, handler in handlers.items():
-                signal.signal(name, handler)
-        self.say(f"{args.ckpt}: step {self.step}, {self.seconds:.0f} s of training")
-        if self.step < self.steps:
-            raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
-
-    def on_signal(self, *_):
-        self.signalled = True
-
-    def agree_to_stop(self):
-        """True after a signal; several processes ask one another every 10 steps, and stop together."""
-        if self.args.world == 1:
-            return self.signalled
-        if self.step % 10 > 0:
-            return False
-        flag = torch.tensor(float(self.signalled), device=self.args.device)
-        dist.all_reduce(flag)
-        return flag.item() > 0
-
-    def say(self, text):
-        if self.args.rank == 0:
-            print(text, flush=True)
-
-    def record(self, **values):
-        """Adds a step's losses (tensors) to the means of the log's next row, without waiting for a GPU."""
-        self.count += 1
-        for name, value in values.items():
-            self.totals[name] = self.totals.get(name, 0) + value.detach()
-
-    def add_row(self):
-        """Appends the means since the last row to the log; raises FloatingPointError for nan and inf."""
-        if self.count == 0:
-            return
-        means = {name: round(total.item() / self.count, 5) for name, total in self.totals.items()}
-        if not all(map(math.isfinite, means.values())):
-            advice = f"{self.args.ckpt} keeps the last good state, if any; try a lower --lr"
-            raise FloatingPointError(f"{means} at step {self.step}; {advice}")
-        rate = self.count * self.args.batch_size / max(self.seconds - self.row_seconds, 1e-9)
-        speed = {"images_per_s": round(rate, 1), "seconds": round(self.seconds, 1)}
-        self.log.append({"step": self.step, **means, **speed})
-        self.bar.set_postfix(means, images_per_s=f"{rate:.0f}")
-        self.row_seconds = self.seconds
-        self.totals = {}
-        self.count = 0
-
-    def save(self, path, again=False):
-        """Writes the checkpoint, then its log. again: there is another try later, so failing is a warning."""
-        args = self.args
-        if args.rank > 0:
-            return
-        rng = {"cpu": torch.get_rng_state()}
-        if args.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(args.device)
-        settings = {**self.settings, "steps": self.steps}
-        state = {"script": NAME, "args": settings, "images": self.images, "step": self.step}
-        state.update(seconds=self.seconds, log=self.log, rng=rng, command=args.command)
-        state.update({name: part.state_dict() for name, part in self.parts.items()})
-        rows = [list(self.log[0]), *(row.values() for row in self.log)]
-        try:
-            write_whole(path, lambda file: torch.save(state, file))
-            write_text(log_path(path), "".join(",".join(map(str, row)) + "\n" for row in rows))
-        except OSError as e:
-            if not again:
-                raise
-            print(f"warning: {e}; training goes on", file=sys.stderr)
-
-    def show(self):
-        """Writes a picture of fixed noises beside the checkpoint; failing is a warning."""
-        if self.args.rank > 0:
-            return
-        picture = first_images(self.parts["ema"], self.args, self.args.seed)
-        try:
-            write_png(f"{self.name}_grids/{self.step:06d}.png", picture)
-        except OSError as e:
-            print(f"warning: {e}; training goes on", file=sys.stderr)
-
-    def resume(self):
-        """Loads args.ckpt into the parts; raises ValueError where settings or images differ."""
-        path = self.args.ckpt
-        ckpt = load_checkpoint(path)
-        if self.parts.keys() - ckpt.keys():
-            raise ValueError(f"--resume: {path} does not hold the state of training")
-        old = {**ckpt["args"], "images": ckpt["images"]}
-        new = {**self.settings, "images": self.images}
-        differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
-        if differ:
-            raise ValueError(f"--resume {path} with other settings: {', '.join(differ)}")
-        reason = fixed_length(self.args)
-        if reason and self.steps != old["steps"]:
-            found = f"--resume with --steps {self.steps}"
-            raise ValueError(f"{found}: expected {old['steps']}, the checkpoint's; {reason} depends on it")
-        for name, part in self.parts.items():
-            if isinstance(part, nn.Module):
-                load_weights(part, ckpt[name], path)
-            else:
-                part.load_state_dict(ckpt[name])
-        self.step = ckpt["step"]
-        self.seconds = ckpt["seconds"]
-        self.log = ckpt["log"]
-        torch.set_rng_state(ckpt["rng"]["cpu"])
-        if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
-            torch.cuda.set_rng_state(ckpt["rng"]["cuda"], self.args.device)
-
-
-def export(args):
-    """Writes the averaged generator of --ckpt into the folder --out, without the state of training.
-
-    Its parameters are float16; settings, training command and --note stand beside them.
-    """
-    ckpt = load_checkpoint(args.ckpt)
-    model, _ = load_model(args.ckpt)
-    half = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
-    state = {key: ckpt[key] for key in ("script", "args", "step", "seconds", "command")}
-    state.update(note=args.note, ema={**model.state_dict(), **half})
-    path = Path(args.out) / Path(args.ckpt).name
-    if path.exists() and path.samefile(args.ckpt):
-        raise ValueError(f"--out {args.out}: holds --ckpt {args.ckpt} itself; give another folder")
-    write_whole(path, lambda file: torch.save(state, file))
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-
-
-def find_ckpt(name, mode):
-    """checkpoints/NAME.pt for training or where it is, else the weights that come with this script."""
-    here = Path("checkpoints") / f"{name}.pt"
-    script = Path(__file__).resolve().parent
-    for path in (here, script / ".weights" / here.name, script / here.name):
-        if mode == "train" or path.is_file():
-            return str(path)
-    return str(here)
-
-
-def choose_device(name):
-    """auto, cpu, cuda or cuda:N -> a torch.device that works here; each process of torchrun gets its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and dist.is_torchelastic_launched():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"--device {name}: not available here ({reason}); use --device cpu") from e
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: not supported, expected cpu or cuda")
-    return device
-
-
-def bf16_is_fast(device):
-    """True where bfloat16 is known to be fast: CUDA capability 8 and later, CPUs with AMX or AVX512-BF16."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
-
-
-def fail(message):
-    """What argparse calls for wrong usage: an importer gets an exception, never SystemExit."""
-    raise ValueError(message)
-
-
-def number(kind, low, high=math.inf):
-    """argparse type: a number of `kind` in [low, high]."""
-
-    def convert(text):
-        value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high):
-            expected = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
-
-
-def add(group, name, default, text, shown="%(default)s", **options):
-    """An option whose help ends with its default."""
-    group.add_argument(name, default=default, help=f"{text} (default: {shown})", **options)
+def presets(args):
+    """The defaults of this --mode, --method, --report and --fast that are not those of add_options."""
+    methods = PRESETS if args.report is None else REPORTS[args.report]
+    method = args.method or ("sngan" if args.report is None else next(iter(methods)))
+    if method not in methods:
+        fail(f"--report {args.report} --method {method}: this report has {' and '.join(methods)}")
+    defaults = {"method": method, **PRESETS[method]}
+    if args.report:
+        defaults |= OF_REPORTS | methods[method]
+    if "epochs" in defaults:
+        defaults["steps"] = None
+    if args.fast:
+        defaults |= {"steps": 300, "epochs": None}
+    modes = {
+        "sample": {"out": "samples", "batch_size": 100},
+        "grid": {"out": "p1_figures"},
+    }
+    name = f"p1_{method}_{args.report}" if args.report else f"p1_{method}"
+    return defaults | modes.get(args.mode, {}) | {"ckpts": [find_ckpt(name, args.mode)]}
 
 
 def add_options(p):
-    """All options but --mode, --method and --fast; PRESETS has the defaults that are None here."""
+    """The options of this script; PRESETS has the defaults that are None here."""
     positive = number(int, 1)
+    zero_up = number(float, 0)
     share = number(float, 0, 1)
-    beta = number(float, 0, 0.9999)
-    own = "checkpoints/p1_<method>.pt, else .weights/p1_<method>.pt beside the script"
-    add(p, "--data", None, "the course's layout or a torchvision root", "built-in images", metavar="DIR")
-    add(p, "--input", "samples", "eval: folder of images", metavar="DIR")
-    add(p, "--out", None, "where results go: a folder; eval: a JSON file", metavar="PATH")
+    text = "what to train; elsewhere it names the default of --ckpt, which says the method"
+    add(p, "--method", tuple(PRESETS), None, text)
+    add(p, "--report", tuple(REPORTS), None, "preset: networks and training of a report (see REPORTS)")
     text = "checkpoint to write or read, its log.csv beside it; grid takes several"
-    add(p, "--ckpt", None, text, own, metavar="FILE", nargs="+", dest="ckpts")
-    add(p, "--note", "", "export: what the file says of itself, such as its figures", "none", metavar="TEXT")
-    text = "eval of acgan: weights in the course's format"
-    add(p, "--classifier", None, text, "trained if missing", metavar="FILE")
-    add(p, "--inception", None, "eval: weights of pytorch-fid", "downloaded once", metavar="FILE")
-    text = "sample: faces in all, or digits of each class"
-    add(p, "--num", None, text, f"{FACE_NUM} faces, {DIGIT_NUM} of each digit", type=positive)
-    add(p, "--seed", 0, "random seed of training and of the samples", type=number(int, 0, 2**63 - 1))
-    add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
-    text = "of training; auto: bf16 autocast where the hardware is fast at it"
-    add(p, "--precision", "auto", text, choices=("auto", "bf16", "float32"))
+    add(p, "--ckpt", str, None, text, metavar="FILE", nargs="+", dest="ckpts")
+    add(p, "--input", str, "samples", "eval: folder of images", metavar="DIR")
+    text = "eval of acgan: weights in the course's format; None: ours, or trained on --data"
+    add(p, "--classifier", str, None, text, metavar="FILE")
+    text = "eval of faces: weights of pytorch-fid; None: downloaded once"
+    add(p, "--inception", str, None, text, metavar="FILE")
+    text = "sample: faces in all, or digits of each class; None: 1000 faces, 100 of each digit"
+    add(p, "--num", positive, None, text)
 
     g = p.add_argument_group("training")
-    text = "updates of D in all; with --resume another number only where no step depends on it:"
-    text += " without --decay, --instance-noise and, for acgan, --digit-weight"
-    add(g, "--steps", None, text, type=positive)
-    add(g, "--epochs", None, "passes over the images, instead of --steps", "none", type=positive)
-    g.add_argument("--resume", action="store_true", help="go on from --ckpt, exactly if --precision is equal")
-    text = "also keep a checkpoint <ckpt>_<step>.pt every so many steps; 0: none"
-    add(g, "--keep", 0, text, type=number(int, 0))
-    add(g, "--batch-size", None, "images per step; sample: images at a time", type=number(int, 2))
-    add(g, "--lr", None, "learning rate of G", type=number(float, 0))
-    add(g, "--lr-d", None, "learning rate of D", type=number(float, 0))
-    add(g, "--betas", None, "of AdamW", type=beta, nargs=2, metavar="B")
-    add(g, "--weight-decay", 0.0, "weight decay of AdamW", type=number(float, 0))
-    text = "of the learning rates: linear to 0, step: halved at 50 and 75 %%, thirds: at 1/3 and 2/3"
-    add(g, "--decay", None, text, choices=("none", "linear", "step", "thirds"))
-    add(g, "--n-critic", None, "updates of D per round", type=positive)
-    add(g, "--g-updates", None, "updates of G after them", type=positive)
-    add(g, "--ema", None, "decay of the averaged generator that samples; 0: none", type=share)
-    text = "DiffAugment of all that D sees"
-    add(g, "--diffaugment", None, text, choices=("none", "translation"))
-    add(g, "--loss", None, "of D and G", choices=("bce", "wasserstein", "hinge"))
-    add(g, "--label-smoothing", 0.0, "of bce: real label 1 - this", type=share)
-    text = "acgan: last weight of G's digit loss; the first is 1"
-    add(g, "--digit-weight", 30.0, text, type=number(float, 0))
+    text = "updates of D in all; --resume takes more where no step depends on it"
+    add(g, "--steps", positive, None, text)
+    add(g, "--epochs", positive, None, "passes over the images, instead of --steps")
+    add(g, "--batch-size", positive, None, "images per step; sample: images at a time")
+    add(g, "--lr", zero_up, None, "learning rate of G")
+    add(g, "--lr-d", zero_up, None, "learning rate of D")
+    add(g, "--betas", number(float, 0, 0.9999), None, "of AdamW", nargs=2, metavar="B")
+    add(g, "--weight-decay", zero_up, 0.0, "of AdamW")
+    text = "of the learning rates: linear to 0; thirds: halved at 1/3 and 2/3"
+    add(g, "--decay", ("none", "linear", "thirds"), None, text)
+    add(g, "--n-critic", positive, None, "updates of D per round")
+    add(g, "--g-updates", positive, None, "updates of G after them")
+    add(g, "--ema", share, None, "decay of the averaged generator that samples; 0: none")
+    add(g, "--diffaugment", ("none", "translation"), None, "DiffAugment of all that D sees")
+    add(g, "--loss", ("bce", "wasserstein", "hinge"), None, "of D and G")
+    add(g, "--label-smoothing", share, 0.0, "of bce: the real label is 1 - this")
+    add(g, "--digit-weight", zero_up, 30.0, "acgan: last weight of G's digit loss; the first is 1")
     text = "standard deviation of noise on all that D sees; it decays to 0"
-    add(g, "--instance-noise", 0.0, text, type=number(float, 0))
-    g.add_argument("--no-flip", dest="flip", action="store_false", help="do not mirror faces at random")
+    add(g, "--instance-noise", zero_up, 0.0, text)
+    g.add_argument("--no-flip", dest="flip", action="store_false", help="do not mirror images at random")
 
 
-# What each method trains with; -h explains the names.
-# fmt: off
-PRESETS = {
-    "dcgan":  dict(lr=2e-4, lr_d=2e-4, betas=[0.5, 0.999], n_critic=1, g_updates=1, ema=0.0,
-                   loss="bce", diffaugment="none", decay="none",
-                   batch_size=64, steps=7000, flip=True),
-    "wgangp": dict(lr=1e-4, lr_d=1e-4, betas=[0.0, 0.9], n_critic=5, g_updates=1, ema=0.0,
-                   loss="wasserstein", diffaugment="none", decay="none",
-                   batch_size=64, steps=7000, flip=True),
-    "sngan":  dict(lr=2e-4, lr_d=2e-4, betas=[0.5, 0.999], n_critic=1, g_updates=2, ema=0.999,
-                   loss="hinge", diffaugment="translation", decay="linear",
-                   batch_size=16, steps=20000, flip=True),
-    "acgan":  dict(lr=2e-4, lr_d=2e-4, betas=[0.5, 0.999], n_critic=1, g_updates=2, ema=0.999,
-                   loss="hinge", diffaugment="translation", decay="linear",
-                   batch_size=32, steps=10000, flip=False),
-}
-# fmt: on
-
-# what a mode changes in the defaults, and --fast in those of training
-DEFAULTS = {
-    "sample": {"out": "samples", "batch_size": 100},
-    "grid": {"out": "p1_figures"},
-    "export": {"out": ".weights"},
-}
-FAST = {"steps": 300}
-
-
-def set_method(parser, method, report):
-    """Makes the settings of a method, or of a report's method, the parser's defaults."""
-    if report is None:
-        method = method or "sngan"
-        parser.set_defaults(method=method, **PRESETS[method])
-        return
-    if report not in REPORTS:
-        fail(f"--report {report}: expected one of {', '.join(REPORTS)}; 2023 has no GAN")
-    methods = REPORTS[report]
-    method = method or next(iter(methods))
-    if method not in methods:
-        fail(f"--report {report} --method {method}: this report has {' and '.join(methods)}")
-    preset = PRESETS[method] | OF_REPORTS | methods[method]
-    if "epochs" in preset:
-        preset["steps"] = None
-    parser.set_defaults(method=method, **preset)
+def check_options(args):
+    """Raises ValueError for options that have no use, or contradict each other."""
+    mode = args.mode
+    training = (
+        "fast resume steps epochs lr lr-d betas weight-decay decay n-critic g-updates ema diffaugment loss "
+    )
+    training += "label-smoothing digit-weight instance-noise no-flip"
+    uses = [
+        (mode == "train", "--mode train", training),
+        (mode == "sample", "--mode sample", "num"),
+        (mode == "eval", "--mode eval", "input classifier inception"),
+        (mode in ("train", "sample"), "--mode train or sample", "batch-size"),
+        (mode in ("train", "eval"), "--mode train or eval", "data"),
+        (mode in ("train", "sample", "grid"), "--mode train, sample or grid", "seed"),
+        (mode == "train", "--mode train; images are made in float32", "precision"),
+        (mode != "train", "another --mode", "out"),
+        (args.method == "acgan", "--method acgan", "digit-weight"),
+        (args.loss == "bce", "--loss bce, which has a real label", "label-smoothing"),
+    ]
+    refuse_unused(args, uses)
+    if {"epochs", "steps"} <= args.given:
+        fail("--epochs and --steps: expected one of them")
+    if mode == "train" and args.batch_size < 2:
+        fail(f"--batch-size {args.batch_size}: expected 2 or more, for BatchNorm")
+    if (args.loss == "wasserstein") != (args.method == "wgangp"):
+        fail(
+            f"--method {args.method} --loss {args.loss}: wgangp alone has the penalty that wasserstein needs"
+        )
+    if len(args.ckpts) > 1 and mode != "grid":
+        fail(f"--ckpt {' '.join(args.ckpts)}: --mode {mode} takes one; only grid shows several")
 
 
 def parse_args(argv=None):
     """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = fail
-    add(first, "--mode", "train", "what to do", choices=tuple(MODES))
-    text = "what to train; elsewhere it only names the default of --ckpt, which says the method"
-    add(first, "--method", None, text, "sngan, or the first of --report", choices=tuple(PRESETS))
-    text = f"preset: networks and training of a report, one of {', '.join(REPORTS)} (see REPORTS)"
-    add(first, "--report", None, text, "ours", metavar="NAME")
-    first.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes of training")
-    preset, _ = first.parse_known_args(argv)
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False, parents=[first])
-    p.error = fail
+    p = new_parser()
     add_options(p)
-    set_method(p, preset.method, preset.report)
-    p.set_defaults(**DEFAULTS.get(preset.mode, {}))
-    if preset.fast and preset.mode == "train":
-        p.set_defaults(**FAST, epochs=None)
-    args = p.parse_args(argv)
-    args.command = shlex.join(["python", f"{NAME}.py", *argv])
-
-    given = {text.split("=")[0] for text in argv}
-    if {"--epochs", "--steps"} <= given:
-        fail(f"--epochs {args.epochs} and --steps {args.steps}: expected one of them")
-    if "--epochs" in given:
+    args = parse(p, argv, presets)
+    check_options(args)
+    if "epochs" in args.given:
         args.steps = None
-    if args.label_smoothing > 0 and args.loss != "bce":
-        found = f"--label-smoothing {args.label_smoothing} with --loss {args.loss} of --method {args.method}"
-        fail(f"{found}: it has no real label to smooth; only bce has")
-    name = f"p1_{args.method}_{args.report}" if args.report else f"p1_{args.method}"
-    args.ckpts = args.ckpts or [find_ckpt(name, args.mode)]
-    if len(args.ckpts) > 1 and args.mode != "grid":
-        fail(f"--ckpt {' '.join(args.ckpts)}: --mode {args.mode} takes one; only grid shows several")
     args.ckpt = args.ckpts[0]
-    launched = dist.is_torchelastic_launched()  # left-over variables of another launcher do not count
-    args.rank = int(os.environ["RANK"]) if launched else 0
-    args.world = int(os.environ["WORLD_SIZE"]) if launched else 1
-    if args.world > 1 and args.mode not in ("train", "sample"):
-        fail(f"--mode {args.mode} with {args.world} processes: only train and sample share their work")
-    args.device = choose_device(args.device)
-    args.bf16 = bf16_is_fast(args.device) if args.precision == "auto" else args.precision == "bf16"
     return args
 
 
@@ -1178,35 +815,459 @@ def train_data(args):
         train(args, load_faces(args.data, "train"))
 
 
-MODES = {"train": train_data, "sample": sample, "eval": evaluate, "grid": grid, "export": export}
+MODES = {"train": train_data, "sample": sample, "eval": evaluate, "grid": grid}
+
+
+# ---------------- service: the same text in p1 to p4 ----------------
+# Files, checkpoints, Run, devices, options, main. NAME, NETWORK, ADVICE, SHARED, MODES stand above.
+
+HERE = Path(globals().get("__file__", "a notebook")).resolve().parent
+
+
+class Screen:
+    """Standard output or error, whatever it is, None too: what cannot be shown costs no work."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (AttributeError, ValueError):  # there is none, or it is closed
+            pass
+        except OSError:  # its reader is gone; else Python fails on what is left when it ends
+            with contextlib.suppress(AttributeError, OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self):
+        """`write` has done it."""
+
+
+def whole_numbers(values, what, low=0, high=2**32 - 1):
+    """A list of ints out of a list, array or tensor of whole numbers; ValueError for anything else."""
+    values = np.ravel(values.tolist() if isinstance(values, torch.Tensor) else values).tolist()
+    wrong = [value for value in values if type(value) is not int or not low <= value <= high]
+    if wrong:
+        raise ValueError(f"{what}: found {wrong[0]!r:.60}, expected whole numbers in {low} to {high}")
+    return values  # numpy's generators take a number from 2**32 on for several smaller ones
+
+
+def write_whole(path, write):
+    """Writes a file whole or not at all: write(file) fills a temporary file of this process, then renamed."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: is a folder or a device; expected the name of a file")
+    target = path.resolve()  # a symbolic link stays one
+    temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise OSError(f"{path}: cannot be written ({reason})") from e
+    finally:  # after Ctrl-C too
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path, text):
+    """Writes a text file, whole or not at all."""
+    write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
+
+
+def write_png(path, image):
+    """Writes uint8 (3, H, W) as PNG, whole or not at all."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    write_whole(path, lambda file: picture.save(file, "PNG"))
+
+
+def log_path(ckpt):
+    """model.log.csv for model.pt; for any other name that name with .log.csv."""
+    return Path(f"{str(ckpt).removesuffix('.pt')}.log.csv")
+
+
+def find_ckpt(name, mode):
+    """checkpoints/NAME.pt for training or where it is, else the weights that come with this script."""
+    here = Path("checkpoints") / f"{name}.pt"
+    for path in (here, HERE / ".weights" / here.name, HERE / here.name):
+        if mode == "train" or path.is_file():
+            return str(path)
+    return str(here)
+
+
+def load_file(path, option="--ckpt"):
+    """What torch.load finds, on the CPU; no code of the file runs. `option` names the file in messages."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sparse tensors, which are refused
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{option} {path}: no such file; {ADVICE}") from None
+    except Exception as e:  # torch.load raises many types for damaged or hostile files
+        raise ValueError(f"{option} {path}: not readable ({type(e).__name__})") from e
+
+
+def load_checkpoint(path, option="--ckpt"):
+    """The dict of a checkpoint of this script. Raises FileNotFoundError or ValueError."""
+    ckpt = load_file(path, option)
+    found = ckpt.get("script", list(ckpt)[:3]) if isinstance(ckpt, dict) else type(ckpt).__name__
+    if found != NAME:
+        raise ValueError(f"{option} {path}: found {found}, expected a checkpoint of {NAME}.py")
+    kinds = {"args": dict, "ema": dict, "step": int, "seconds": (int, float), "command": str}
+    lacking = [key for key, kind in kinds.items() if not isinstance(ckpt.get(key), kind)]
+    lacking = lacking or [key for key in NETWORK if key not in ckpt["args"]]
+    if lacking:
+        raise ValueError(f"{option} {path}: lacks {', '.join(lacking)}; damaged, or of another version")
+    return ckpt
+
+
+def load_network(ckpt, path, device="cpu", option="--ckpt"):
+    """(averaged network in eval mode, settings) of a checkpoint's dict. Raises ValueError."""
+    settings = argparse.Namespace(**{**ckpt["args"], "device": torch.device(device)})
+    try:
+        nets = build(settings)
+    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"{option} {path}: its settings describe no network ({e})") from e
+    net = nets[0] if isinstance(nets, tuple) else nets
+    load_weights(net, ckpt["ema"], path, option)
+    settings.trained = f"step {ckpt.get('step')} of {ckpt.get('steps', 'a finished training')}"
+    return net.eval(), settings
+
+
+def load_weights(net, state, path, option="--ckpt"):
+    """Fills `net` from a state dict, also of DistributedDataParallel or torch.compile; or ValueError."""
+    try:
+        net.load_state_dict({re.sub(r"^((module|_orig_mod)\.)+", "", name): w for name, w in state.items()})
+    except (TypeError, AttributeError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise ValueError(f"{option} {path}: found {len(state)} weights, not this network's ({reason})") from e
+    broken = [name for name, value in net.state_dict().items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"{option} {path}: {len(broken)} weights are not finite, first {broken[0]}")
+
+
+def progress_bar(args, total, what, unit, initial=0):
+    """A tqdm bar of the first process; TQDM_DISABLE=1 hides it. In a file it writes a line a minute."""
+    try:
+        from tqdm import tqdm
+    except ImportError:  # the file copied alone runs without progress bars
+        tqdm = None
+    if tqdm is None or args.rank > 0:
+        nothing = lambda *_, **__: None
+        return argparse.Namespace(update=nothing, set_postfix=nothing, close=nothing)
+    terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+    options = dict(initial=initial, file=Screen(sys.stderr), mininterval=1 if terminal else 60)
+    return tqdm(total=total, desc=what, unit=unit, **options)
+
+
+class Run:
+    """`for step in run`: --resume, progress bar, log, checkpoints, signals and torchrun around a training.
+
+    settings: what --resume must find unchanged; `steps` is among them where a step depends on it.
+    data: the tensors of the training set. parts: the networks and optimisers that a checkpoint holds.
+    before_save(): makes the averaged network ready.
+    """
+
+    def __init__(self, args, steps, settings, data, parts, before_save=lambda: None):
+        self.args = args
+        self.steps = steps
+        self.settings = settings
+        self.images = len(data[0])
+        self.data = [hashlib.sha256(x.cpu().contiguous().numpy()).hexdigest() for x in data]
+        self.parts = parts
+        self.before_save = before_save
+        self.step = 0
+        self.seconds = 0.0
+        self.log = []
+        self.totals = {}  # of each loss since the last row of the log: sum, count
+        self.signalled = False
+        if args.batch_size % args.world:
+            raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {args.world} processes")
+        if args.resume:
+            self.resume()
+        elif args.rank == 0 and Path(args.ckpt).exists():
+            raise ValueError(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
+        if args.world > 1 and args.device.type == "cuda":
+            torch.cuda.set_device(args.device)
+        if args.world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+        if args.rank > 0:  # every process draws images and noise of its own
+            rng = np.random.default_rng([args.seed, self.step, args.rank])
+            torch.manual_seed(int(rng.integers(2**62)))
+
+    def __iter__(self):
+        args = self.args
+        lock = self.lock()
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                    handlers[number] = signal.signal(number, self.on_signal)
+        self.say(f"{args.ckpt}: {self.images:,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}")
+        bar = progress_bar(args, self.steps, "train", "step", initial=self.step)
+        start = time.perf_counter() - self.seconds
+        saved = self.seconds
+        stopped = False
+        try:
+            while self.step < self.steps and not stopped:
+                self.step += 1
+                yield self.step
+                self.seconds = time.perf_counter() - start
+                stopped = self.agree_to_stop()
+                if self.step % (10 if self.step <= 1000 else 100) == 0:
+                    self.log.append(self.row())
+                    self.totals = {}
+                last = stopped or self.step == self.steps
+                if last or self.seconds - saved > 120:
+                    self.save(again=not last)
+                    saved = self.seconds
+                bar.update()  # the screen comes last: it may be gone
+                bar.set_postfix(self.log[-1] if self.log else {}, refresh=False)
+            if args.world > 1:  # after an error it would wait for the other processes
+                dist.destroy_process_group()
+        finally:
+            bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if lock:
+                os.remove(lock.name)
+                lock.close()
+        self.say(f"{args.ckpt}: step {self.step}, {self.seconds:.0f} s of training")
+        if self.step < self.steps:
+            raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
+
+    def lock(self):
+        """Refuses a second training on this checkpoint; the lock ends with the process, however it ends."""
+        if self.args.rank > 0:
+            return None
+        path = Path(f"{self.args.ckpt}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 (a folder that cannot be written shows now, not after hours)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--ckpt {self.args.ckpt}: another training writes it; give another") from None
+        except OSError:  # a file system without locks
+            pass
+        return file
+
+    def on_signal(self, *_):
+        self.signalled = True
+
+    def agree_to_stop(self):
+        """True after a signal; the processes of torchrun ask one another, and stop together."""
+        if self.args.world == 1:
+            return self.signalled
+        flag = torch.tensor(float(self.signalled))
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+    def say(self, text):
+        if self.args.rank == 0:
+            print(text, file=Screen(sys.stdout))
+
+    def record(self, **values):
+        """Adds a step's losses (tensors) to the means of the log's next row, without waiting for a GPU."""
+        for name, value in values.items():
+            total, count = self.totals.get(name, (0, 0))
+            self.totals[name] = (total + value.detach(), count + 1)
+
+    def row(self):
+        """The means since the last row of the log; raises FloatingPointError for nan and inf."""
+        means = {name: round(float(total / count), 5) for name, (total, count) in self.totals.items()}
+        if not all(map(math.isfinite, means.values())):
+            advice = f"{self.args.ckpt} keeps the last good state, if any; try a lower --lr"
+            raise FloatingPointError(f"{means} at step {self.step}; {advice}")
+        before = self.log[-1] if self.log else {"step": 0, "seconds": 0.0}
+        images = (self.step - before["step"]) * self.args.batch_size
+        rate = round(images / max(self.seconds - before["seconds"], 1e-9), 1)
+        return {"step": self.step, **means, "images_per_s": rate, "seconds": round(self.seconds, 1)}
+
+    def save(self, again=False):
+        """Writes the checkpoint, then its log. again: there is another try later, so failing is a warning."""
+        args = self.args
+        rows = [*self.log, self.row()] if self.totals else self.log
+        if args.rank > 0:
+            return
+        self.before_save()
+        rng = {"cpu": torch.get_rng_state()}
+        if args.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(args.device)
+        state = dict(script=NAME, args=self.settings, data=self.data, step=self.step, steps=self.steps)
+        state.update(seconds=self.seconds, log=self.log, totals=self.totals, rng=rng, command=args.command)
+        state.update({name: part.state_dict() for name, part in self.parts.items()})
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        lines = [names, *([row.get(name, "") for name in names] for row in rows)]
+        try:
+            write_whole(args.ckpt, lambda file: torch.save(state, file))
+            write_text(log_path(args.ckpt), "".join(",".join(map(str, line)) + "\n" for line in lines))
+        except OSError as e:
+            if not again:
+                raise
+            print(f"warning: {e}; training goes on", file=Screen(sys.stderr))
+
+    def resume(self):
+        """Loads args.ckpt into the parts; raises ValueError where settings, images or labels differ.
+
+        A file of --mode export has averaged weights alone: the networks start from them, the optimisers anew,
+        and only the network's settings must be the same.
+        """
+        path = self.args.ckpt
+        ckpt = load_checkpoint(path)
+        alone = "rng" not in ckpt
+        old = {**ckpt["args"], "data": ckpt.get("data")}
+        new = {**self.settings, "data": self.data}
+        if alone:
+            new = {key: new[key] for key in NETWORK}
+        differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
+        if differ:
+            raise ValueError(f"--resume {path} with other settings: {', '.join(differ)}")
+        self.step = ckpt["step"]
+        self.seconds = ckpt["seconds"]
+        if self.step + alone > self.steps:
+            raise ValueError(f"--resume {path}: is at step {self.step}, expected fewer than {self.steps}")
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                source = "ema" if alone and name == "model" else name
+                load_weights(part, ckpt.get(source, {}), path)
+            elif not alone:
+                part.load_state_dict(ckpt[name])
+                for parameter, state in part.state.items():  # a GPU has them in channels_last
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        state[key] = torch.empty_like(parameter).copy_(state[key])
+        if alone:
+            self.say(f"{path}: averaged weights of {self.step} steps, fresh optimisers")
+            torch.manual_seed(self.args.seed + self.step)
+            return
+        self.log = ckpt["log"]
+        self.totals = ckpt["totals"]
+        torch.set_rng_state(ckpt["rng"]["cpu"])
+        if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
+            torch.cuda.set_rng_state(ckpt["rng"]["cuda"], self.args.device)
+
+
+def choose_device(name):
+    """auto, cpu, cuda or cuda:N -> a torch.device that works here; each process of torchrun gets its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and dist.is_torchelastic_launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        fail(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: not available here ({str(e).splitlines()[0]})") from e
+
+
+def bf16_is_fast(device):
+    """True where bfloat16 is known to be fast: CUDA capability 8 and later, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
+    return capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+
+
+def fail(message):
+    """What argparse calls for wrong usage: an importer gets an exception, never SystemExit."""
+    raise ValueError(message)
+
+
+def number(kind, low, high=math.inf):
+    """argparse type: a number of `kind` in [low, high]."""
+
+    def convert(text):
+        if not low <= kind(text) <= high:  # nan is nowhere
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} to {high}")
+        return kind(text)
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def add(group, name, kind, default, text, **more):
+    """An option: `kind` is its type, or a tuple of choices."""
+    options = (
+        {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()}
+    )
+    group.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **options | more)
+
+
+def new_parser():
+    """A parser with the options that all four scripts have."""
+    style = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=30)
+    usage = f"python {NAME}.py --mode MODE [--option value ...]"
+    p = argparse.ArgumentParser(NAME, usage, __doc__, formatter_class=style, allow_abbrev=False)
+    p.error = fail
+    add(p, "--mode", tuple(MODES), "train", "what to do")
+    p.add_argument("--fast", action="store_true", help="train: preset for a CPU and some minutes")
+    p.add_argument("--resume", action="store_true", help="train: go on from --ckpt, or from weights alone")
+    add(p, "--data", str, None, "images in the course's layout; None: built-in ones", metavar="DIR")
+    add(p, "--out", str, None, "where results go: a folder; of eval and predict a file", metavar="PATH")
+    add(p, "--seed", number(int, 0, 2**32 - 1), 0, "of training and of all noise")
+    add(p, "--device", str, "auto", "auto, cpu, cuda or cuda:N", metavar="NAME")
+    precisions = ("auto", "bf16", "float32")
+    add(p, "--precision", precisions, "auto", "auto: bf16 autocast where the hardware is fast at it")
+    return p
+
+
+def parse(p, argv, presets):
+    """The settings of a command line; presets(them): the defaults of this mode, method and report."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    known = [text for text in argv if text not in ("-h", "--help")]
+    for _ in range(2):  # of one option's default another's may depend
+        p.set_defaults(**presets(p.parse_known_args(known)[0]))
+    args = p.parse_args(argv)
+    args.command = shlex.join(["python", f"{NAME}.py", *argv])
+    args.given = {text.split("=")[0].removeprefix("--") for text in argv if text.startswith("--")}
+    launched = dist.is_torchelastic_launched()  # left-over variables of another launcher do not count
+    args.rank = int(os.environ["RANK"]) if launched else 0
+    args.world = int(os.environ["WORLD_SIZE"]) if launched else 1
+    if args.world > 1 and args.mode not in SHARED:
+        fail(f"--mode {args.mode}: cannot share its work among {args.world} processes")
+    args.device = choose_device(args.device)
+    args.bf16 = bf16_is_fast(args.device) if args.precision == "auto" else args.precision == "bf16"
+    return args
+
+
+def refuse_unused(args, uses):
+    """uses: (whether there is a use, where, names of options). Raises ValueError for one without a use."""
+    for used, where, names in uses:
+        unused = sorted(args.given & set(names.split()))
+        if unused and not used:
+            fail(f"--{unused[0]}: has a use only with {where}; leave it out")
 
 
 def main(argv=None):
     """The command line: what goes wrong becomes one line on standard error and an exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has none
-            stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
-    try:
-        args = parse_args(argv)
-        if args.mode in ("sample", "grid") and args.rank == 0:
-            print(f"weights: {', '.join(args.ckpts)}")
-        MODES[args.mode](args)
-    except (ValueError, OSError, ImportError, FloatingPointError) as e:
-        message = str(e)
-        if isinstance(e, OSError) and e.filename is not None:
-            message = f"{e.filename}: {e.strerror}"
-            if isinstance(e, FileExistsError):  # of mkdir
-                message += ", expected a folder"
-        if isinstance(e, ImportError):
-            message = f"{e}; pip install -r requirements.txt, and keep common.py beside this file"
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(e, FloatingPointError) else 2) from None
-    except torch.cuda.OutOfMemoryError as e:
-        print(f"error: {str(e).splitlines()[0]}; use a smaller --batch-size", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt as e:
-        print(str(e) or "stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+    sys.path.append(str(HERE))  # of common.py, for python -m FOLDER.SCRIPT
+    with contextlib.redirect_stdout(Screen(sys.stdout)), contextlib.redirect_stderr(Screen(sys.stderr)):
+        try:
+            args = parse_args(argv)
+            return MODES[args.mode](args)
+        except KeyboardInterrupt as e:
+            code, line = 130, str(e) or "stopped"
+        except FloatingPointError as e:
+            code, line = 1, f"error: {e}"
+        except ImportError as e:
+            code = 2
+            line = f"error: {e}; pip install -r requirements.txt, and keep common.py beside this file"
+        except (ValueError, OSError) as e:
+            code, line = 2, f"error: {e}"
+        except (RuntimeError, MemoryError) as e:
+            if not isinstance(e, MemoryError) and "memory" not in str(e):
+                raise
+            code, line = 1, f"error: memory ran out ({str(e)[:200]}); use a smaller --batch-size"
+        print(" ".join(line.split()), file=sys.stderr)
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ min-SNR (2303.09556), EMA and learning rate (2312.02696), autoguidance (2406.025
 
   python p3_ddim.py --mode train --data hw2_data                           # a 64x64 network of one's own
   python p3_ddim.py --mode sample --sampler dpm++ --out faces              # 1000 faces of it
-  python p3_ddim.py --mode sample --sampler dpm++ --guide .weights/p3_guide.pt  # better ones, autoguidance
+  python p3_ddim.py --mode sample --guide .weights/p3_guide.pt             # better ones, by autoguidance
   python p3_ddim.py --mode invert --input photos --out inverted            # face -> noise -> face
 
 Real faces, --seed 0, 1000 images by dpm++ with 10 calls and a guide: Frechet distance on EfficientNet-Lite0
@@ -22,6 +22,9 @@ The method is what stands above `# evaluate and plots`, in reading order.
 # SPDX-License-Identifier: MIT
 import argparse
 import contextlib
+import fcntl
+import functools
+import hashlib
 import json
 import math
 import os
@@ -332,7 +335,8 @@ def train(args, images, labels=None):
     ema = build(args)
     ema.load_state_dict(model.state_dict())
     optim = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    run = Run(args, images, model=model, ema=ema, optim=optim)
+    settings = {name: getattr(args, name) for name in NETWORK + TRAINING} | {"size": images.shape[-1]}
+    run = Run(args, args.steps, settings, (images,), dict(model=model, ema=ema, optim=optim))
     net = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
     images = images.to(args.device)
     alpha_bar = make_alpha_bar().to(args.device)
@@ -393,10 +397,8 @@ def generate(model, settings, noise, keys=None, seed=0, sampler="ddim", calls=50
     eta: of ddim; with eta > 0, and in ddpm, noise is added that depends on (seed, key of the image) alone.
     keys: whole numbers for each image, (i, 1) by default.
     """
-    check_noise(noise, settings, "noise")
+    keys, seed, calls = check_request(settings, noise, keys, seed, sampler, calls)
     x = noise.to(settings.device)
-    if keys is None:
-        keys = [(i, 1) for i in range(len(x))]
     added = Noise(keys, x.shape[1:], seed, settings.device)
     alpha_bar = make_alpha_bar()
     predict = predictor(model, alpha_bar, settings.prediction, bf16)
@@ -404,15 +406,80 @@ def generate(model, settings, noise, keys=None, seed=0, sampler="ddim", calls=50
         x = ddpm(predict, x, alpha_bar, list(range(T))[::-1], added)
     elif sampler == "ddim":
         x = ddim(predict, x, alpha_bar, ddim_times(calls), eta, added, end=alpha_bar[0].item())
-    elif sampler == "dpm++":  # ours ends best at 20: distances 128 128 131 135 of 400 faces at 10 20 30 40
+    else:  # ours ends best at 20: distances of 400 faces 128, 128, 131, 135 at 10, 20, 30, 40
         last = 0 if settings.course else 20
         x = dpm_solver(predict, x, alpha_bar, log_snr_times(alpha_bar, calls, last))
-    else:
-        raise ValueError(f"sampler {sampler}: expected one of {', '.join(SAMPLERS)}")
     return min_max_uint8(x) if settings.course else to_uint8(x)
 
 
 # ---------------- evaluate and plots ----------------
+
+
+def check_request(settings, noise, keys, seed, sampler, calls):
+    """(keys, seed, calls) as whole numbers; raises ValueError for what `generate` cannot do."""
+    check_noise(noise, settings, "noise")
+    if keys is None:
+        keys = [(i, 1) for i in range(len(noise))]
+    keys = [whole_numbers(key, "keys") for key in keys]
+    if len(keys) != len(noise):
+        raise ValueError(f"keys: found {len(keys)}, expected one for each of {len(noise)} images")
+    (seed,) = whole_numbers([seed], "--seed")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"--sampler {sampler}: expected one of {', '.join(SAMPLERS)}")
+    if sampler != "ddpm":  # which has T
+        (calls,) = whole_numbers([calls], "--sample-steps (calls)", 1, T // 2)
+    return keys, seed, calls
+
+
+def load_model(path, device="cpu", option="--ckpt"):
+    """(network in eval mode, settings) of a checkpoint, of weights in .weights/, or of the course's UNet.pt.
+
+    settings.prediction: "v" or "eps". settings.size: height and width of its images.
+    settings.course: True for the course's network: float32 by default, images scaled by min and max.
+    Raises ValueError or OSError, naming the `option` of the command line, for other files.
+    """
+    ckpt = load_file(path, option)
+    if isinstance(ckpt, dict) and "script" not in ckpt:  # the state dict of UNet.pt, or what holds it
+        for wrapper in ("state_dict", "model"):
+            if isinstance(ckpt.get(wrapper), dict):
+                ckpt = ckpt[wrapper]
+        ckpt = {"args": COURSE, "ema": ckpt}
+    else:
+        ckpt = load_checkpoint(path, option)
+    model, settings = load_network({**ckpt, "args": OWN | ckpt["args"]}, path, device, option)
+    # without gradients channels_last is a fifth faster, on CPUs too
+    return model.to(memory_format=torch.channels_last), settings
+
+
+def load_guided(args):
+    """load_model of --ckpt, and with --guide the two as one network. Says which weights they are."""
+    model, settings = load_model(args.ckpt, args.device)
+    if args.rank == 0:
+        print(f"weights: {args.ckpt}, {settings.trained}" + (f", guide: {args.guide}" if args.guide else ""))
+    if args.guide is None:
+        return model, settings
+    guide, other = load_model(args.guide, args.device, "--guide")
+    found, expected = [
+        f"size {s.size}, prediction {s.prediction}, {len(s.channels)} resolutions" for s in (other, settings)
+    ]
+    if found != expected:
+        raise ValueError(f"--guide {args.guide}: found {found}; expected {expected}, as of {args.ckpt}")
+    return Guided(model, guide, args.autoguidance), settings
+
+
+def read_noise(path, settings):
+    """The noise (1, 3, H, W) of a file, read without running code from it. Raises ValueError."""
+    noise = load_file(path, "--noise")
+    check_noise(noise, settings, path)
+    if len(noise) != 1:
+        raise ValueError(f"{path}: found {tuple(noise.shape)}, expected (1, 3, H, W)")
+    return noise.detach()
+
+
+def write_tensor(path, tensor):
+    """Writes a tensor as .pt, whole or not at all."""
+    alone = tensor.clone()  # torch.save writes the whole batch of a view
+    write_whole(path, lambda file: torch.save(alone, file))
 
 
 class StartNoise:
@@ -497,7 +564,7 @@ def sample(args):
     model, settings = load_guided(args)
     noise = StartNoise(args, settings)
     out = Path(args.out)
-    prepare_folder(args, out, [f"{name}.png" for name in noise.names])
+    out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     mine = range(args.rank, len(noise.names), args.world)
     groups = batches(args, mine, noise.shape)
@@ -515,18 +582,14 @@ def sample(args):
 
 def write_noise(args):
     """Writes 00.pt ... 09.pt, noises (1, 3, --size, --size), into --out; equal ones that it holds stay."""
-
-    def noise(i):
-        return Noise([(i,)], (3, args.size, args.size), args.seed)()
-
-    paths = [Path(args.out) / f"{i:02d}.pt" for i in range(10)]
-    there = [i for i in range(10) if paths[i].exists()]
-    for i in there:
-        if not torch.equal(read_noise(paths[i], args), noise(i)):
-            raise ValueError(f"--out {args.out}: holds another {paths[i].name}; give another folder")
-    for i in range(10):
-        if i not in there:
-            write_tensor(paths[i], noise(i))
+    shape = (3, args.size, args.size)
+    noises = {Path(args.out) / f"{i:02d}.pt": Noise([(i,)], shape, args.seed)() for i in range(10)}
+    missing = [path for path in noises if not path.exists()]
+    for path, noise in noises.items():
+        if path not in missing and not torch.equal(read_noise(path, args), noise):
+            raise ValueError(f"--out {args.out}: holds another {path.name}; give another folder")
+    for path in missing:
+        write_tensor(path, noises[path])
 
 
 @torch.inference_mode()
@@ -536,16 +599,22 @@ def invert(args):
     Neither way is clamped. Prints the PSNR of what comes back. Without --input it takes the first eight val
     faces of --data, and writes them as inversion.png and the PSNR as inversion.json instead.
     """
-    from common import load_faces, save_grid
+    from common import list_images, load_faces, read_images, save_grid
 
     out = Path(args.out)
-    model, settings = load_model(args.ckpt, args.device)
+    model, settings = load_guided(args)
     size = args.size or settings.size
     check_size([size], settings, "--size")
     if args.input is None:
         images = load_faces(args.data, "val", size)[: min(args.num, 8)]
     else:
-        names, images = read_folder(args, size)
+        paths = list_images(args.input)[: args.num]
+        names = [path.stem for path in paths]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--input {args.input}: expected images of different names before the dot")
+        if out.resolve() == Path(args.input).resolve():
+            raise ValueError(f"--out {args.out}: is --input; give another folder for what comes back")
+        images = read_images(paths, (size, size))
     groups = batches(args, range(len(images)), images.shape)
     alpha_bar = make_alpha_bar()
     times = ddim_times(args.sample_steps)
@@ -578,30 +647,16 @@ def invert(args):
         write_text(out / "inversion.json", json.dumps({"n": len(psnr), "psnr": float(np.mean(psnr))}))
 
 
-def read_folder(args, size):
-    """(names without suffix, uint8 (N, 3, size, size)) of the first --num images of --input."""
-    from common import list_images, read_images
-
-    paths = list_images(args.input)[: args.num]
-    names = [path.stem for path in paths]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--input {args.input}: expected images of different names before the dot")
-    if Path(args.out).resolve() == Path(args.input).resolve():
-        raise ValueError(f"--out {args.out}: is --input; give another folder for what comes back")
-    return names, read_images(paths, (size, size))
-
-
 def mse(args):
     """Prints each image's mean squared error against --gt, of pixel values 0 to 255 in float64."""
     from common import list_images, read_image
 
     mine = {path.name: path for path in list_images(args.input)}
     truth = {path.name: path for path in list_images(args.gt)}
-    for folder, names, others in ((args.input, mine, truth), (args.gt, truth, mine)):
-        missing = sorted(others.keys() - names.keys())
-        if missing:
-            found = f"{len(missing)} images missing ({', '.join(missing[:3])})"
-            raise ValueError(f"{folder}: {found}; expected the same file names in --input and --gt")
+    alone = sorted(mine.keys() ^ truth.keys())
+    if alone:
+        found = f"{len(alone)} images without a partner ({', '.join(alone[:3])})"
+        raise ValueError(f"--input {args.input}, --gt {args.gt}: {found}; expected the same file names")
     errors = []
     for name, path in mine.items():
         a = read_image(path).astype(np.float64)
@@ -718,11 +773,13 @@ COURSE.update(channels=[128, 128, 256, 256, 512, 512], blocks=2, attention=[16],
 OWN = {"prediction": "v", "course": False}
 
 
-# ---------------- service: files, checkpoints, command line ----------------
+# ---------------- command line ----------------
 
 NAME = "p3_ddim"
-# settings that a checkpoint keeps; --resume refuses others
-NETWORK = ("channels", "blocks", "attention", "dropout")
+ADVICE = f"make one with: python {NAME}.py --mode train --data DIR --ckpt FILE, or give the course's UNet.pt"
+SHARED = ("train", "sample")  # the modes that torchrun's processes share
+# settings that a checkpoint keeps: --resume refuses others
+NETWORK = ("channels", "blocks", "attention", "dropout", "size")
 TRAINING = ("batch_size", "lr", "gamma", "seed")
 
 
@@ -738,8 +795,7 @@ def check_training_set(args, images):
     """Raises ValueError unless images are uint8 (N, 3, H, H), with H a multiple that the network needs."""
     n, *shape = images.shape
     if images.dtype != torch.uint8 or images.ndim != 4 or shape[0] != 3 or shape[1] != shape[2] or not n:
-        found = f"{images.dtype} {tuple(images.shape)}"
-        raise ValueError(f"images: found {found}, expected uint8 (N, 3, H, H)")
+        raise ValueError(f"images: found {images.dtype} {tuple(images.shape)}, expected uint8 (N, 3, H, H)")
     check_size(shape[1:], args, "images")
 
 
@@ -758,41 +814,188 @@ def check_noise(noise, settings, what):
         raise ValueError(f"{what}: holds values that are not finite; expected normal noise")
 
 
-def load_file(path, message):
-    """What torch.load finds on the CPU, without running code from the file. ValueError: `message`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sparse tensors, which are refused
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch.load raises many types for damaged or hostile files
-        raise ValueError(f"{message} ({type(e).__name__})") from e
+def presets(args):
+    """The defaults of this --mode, --fast, --guide and --sampler that are not those of add_options."""
+    defaults = {"ckpt": find_ckpt(NAME, args.mode)}
+    if args.guide and args.mode != "eta-grid":
+        defaults["sampler"] = "dpm++"
+    if args.sampler == "dpm++":
+        defaults["sample_steps"] = 10
+    modes = {
+        "train": {"size": 64, "batch_size": 32},
+        "sample": {"out": "samples"},
+        "eta-grid": {"out": "p3_figures", "eta": [0.0, 0.25, 0.5, 0.75, 1.0]},
+        "interpolate": {"out": "p3_figures"},
+        "noise": {"out": "noise", "size": 256},
+        "invert": {"out": "inverted", "input": None},
+        "grid": {"out": "p3_figures"},
+    }
+    if args.fast:
+        modes["train"] |= {"steps": 1500, "size": 32}
+    return defaults | modes.get(args.mode, {})
 
 
-def read_noise(path, settings):
-    """The noise (1, 3, H, W) of a file, read without running code from it. Raises ValueError."""
-    noise = load_file(path, f"{path}: not a readable tensor")
-    check_noise(noise, settings, path)
-    if len(noise) != 1:
-        raise ValueError(f"{path}: found {tuple(noise.shape)}, expected (1, 3, H, W)")
-    return noise.detach()
+def add_options(p):
+    """The options of this script, with our defaults."""
+    positive = number(int, 1)
+    add(p, "--ckpt", str, None, "checkpoint to write or read, or the course's UNet.pt", metavar="FILE")
+    add(
+        p, "--noise", str, None, "folder of (1, 3, H, W) noises NN.pt; None: drawn from --seed", metavar="DIR"
+    )
+    text = "eval, mse, invert: folder of images; invert without one: eight faces of --data"
+    add(p, "--input", str, "samples", text, metavar="DIR")
+    add(p, "--gt", str, "face/GT", "mse: ground truth with the same file names", metavar="DIR")
+    text = "eval: pytorch-fid's Inception weights; None: downloaded once"
+    add(p, "--inception", str, None, text, metavar="FILE")
+    add(p, "--size", number(int, 8), None, "height and width of the images; None: the network's")
+    add(p, "--num", positive, 1000, "images without --noise; invert: at most so many")
+    text = "images per step; elsewhere at a time, None: as many as have the pixels of one of 256x256"
+    add(p, "--batch-size", positive, None, text)
+
+    g = p.add_argument_group("training")
+    add(g, "--steps", positive, 20000, "steps in all; with --resume a larger number prolongs the run")
+    add(g, "--lr", number(float, 0), 1e-3, "peak learning rate of AdamW")
+    add(g, "--gamma", number(float, 0), 5.0, "min-SNR weighting; 0: none")
+
+    g = p.add_argument_group("network of train (elsewhere the checkpoint says it)")
+    text = "width at each resolution, multiples of 32"
+    add(g, "--channels", number(int, 32), [32, 64, 128, 256], text, nargs="+", metavar="C")
+    add(g, "--blocks", positive, 1, "residual blocks per resolution")
+    add(g, "--attention", positive, [8], "strides with attention", nargs="*", metavar="S")
+    add(g, "--dropout", number(float, 0, 1), 0.0, "in the residual blocks")
+
+    g = p.add_argument_group("sampling")
+    add(g, "--sampler", SAMPLERS, "ddim", "DDIM, DPM-Solver++(2M), or DDPM over all 1000 steps")
+    add(g, "--sample-steps", number(int, 1, T // 2), 50, "network calls of ddim and dpm++")
+    text = "ddim: 0 deterministic, 1 as noisy as ddpm; eta-grid: its rows"
+    add(g, "--eta", number(float, 0, 1), [0.0], text, nargs="+")
+    text = "a checkpoint, trained less or smaller, whose mistakes the sampler avoids (2406.02507)"
+    add(g, "--guide", str, None, text, metavar="FILE")
+    text = "with --guide: 1 is the network alone, more leads further from the guide"
+    add(g, "--autoguidance", number(float, 0), 1.4, text)
+    add(g, "--iterations", positive, 3, "invert: network calls per step; 1: the usual inversion")
+
+
+def check_options(args):
+    """Raises ValueError for options that have no use, or contradict each other."""
+    mode = args.mode
+    drawing = mode in ("sample", "eta-grid", "interpolate", "grid")
+    drawn = "--mode sample, eta-grid, interpolate or grid"
+    training = "steps fast resume lr gamma channels blocks attention dropout"
+    uses = [
+        (mode == "train", "--mode train", training),
+        (drawing, drawn, "noise sampler guide autoguidance"),
+        (mode in ("sample", "eta-grid", "grid"), "--mode sample, eta-grid or grid", "eta"),
+        (drawing or mode == "invert", f"{drawn[:-4]}grid or invert", "sample-steps"),
+        (drawing or mode in ("train", "invert"), "modes that use a network", "ckpt batch-size precision"),
+        (drawing or mode in ("train", "noise"), "modes that draw random numbers", "seed"),
+        (mode in ("train", "eval", "invert"), "--mode train, eval or invert", "data"),
+        (mode in ("eval", "mse", "invert"), "--mode eval, mse or invert", "input"),
+        (mode in ("sample", "invert"), "--mode sample or invert", "num"),
+        (mode == "mse", "--mode mse", "gt"),
+        (mode == "eval", "--mode eval", "inception"),
+        (mode == "invert", "--mode invert", "iterations"),
+        (mode not in ("eval", "mse"), "another --mode", "size"),
+        (mode not in ("mse", "noise"), "another --mode", "device"),
+        (mode != "train", "another --mode", "out"),
+        (args.noise is None, "no --noise", "size num"),
+        (args.sampler != "ddpm", "--sampler ddim or dpm++", "sample-steps"),
+        (args.sampler == "ddim", "--sampler ddim", "eta"),
+        (args.guide, "--guide", "autoguidance"),
+    ]
+    refuse_unused(args, uses)
+    if any(c % 32 for c in args.channels):
+        fail(f"--channels {args.channels}: expected multiples of 32")
+    if mode == "train":
+        check_size([args.size], args, "--size")
+    if mode == "noise" and args.size % 8:
+        fail(f"--size {args.size}: expected a multiple of 8, so that a network can halve it")
+    if mode == "eta-grid" and args.sampler != "ddim":
+        fail(f"--sampler {args.sampler}: eta is DDIM's")
+    if len(args.eta) > 1 and mode != "eta-grid":
+        fail(f"--eta {args.eta}: --mode {mode} takes one; only eta-grid shows several")
+    if args.sampler == "ddim":
+        ddim_times(args.sample_steps)
+
+
+def parse_args(argv=None):
+    """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
+    p = new_parser()
+    add_options(p)
+    args = parse(p, argv, presets)
+    check_options(args)
+    return args
+
+
+def train_faces(args):
+    """--mode train: trains on face/train of --data, or on the built-in faces."""
+    from common import load_faces
+
+    train(args, load_faces(args.data, "train", args.size))
+
+
+MODES = {"train": train_faces, "sample": sample, "eval": evaluate, "mse": mse, "noise": write_noise}
+MODES |= {"eta-grid": eta_grid, "interpolate": interpolate, "invert": invert, "grid": grid}
+
+
+# ---------------- service: the same text in p1 to p4 ----------------
+# Files, checkpoints, Run, devices, options, main. NAME, NETWORK, ADVICE, SHARED, MODES stand above.
+
+HERE = Path(globals().get("__file__", "a notebook")).resolve().parent
+
+
+class Screen:
+    """Standard output or error, whatever it is, None too: what cannot be shown costs no work."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (AttributeError, ValueError):  # there is none, or it is closed
+            pass
+        except OSError:  # its reader is gone; else Python fails on what is left when it ends
+            with contextlib.suppress(AttributeError, OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self):
+        """`write` has done it."""
+
+
+def whole_numbers(values, what, low=0, high=2**32 - 1):
+    """A list of ints out of a list, array or tensor of whole numbers; ValueError for anything else."""
+    values = np.ravel(values.tolist() if isinstance(values, torch.Tensor) else values).tolist()
+    wrong = [value for value in values if type(value) is not int or not low <= value <= high]
+    if wrong:
+        raise ValueError(f"{what}: found {wrong[0]!r:.60}, expected whole numbers in {low} to {high}")
+    return values  # numpy's generators take a number from 2**32 on for several smaller ones
 
 
 def write_whole(path, write):
-    """Writes a file whole or not at all: write(file) fills a temporary file, which is then renamed."""
+    """Writes a file whole or not at all: write(file) fills a temporary file of this process, then renamed."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
     if path.exists() and not path.is_file():
         raise OSError(f"{path}: is a folder or a device; expected the name of a file")
+    target = path.resolve()  # a symbolic link stays one
+    temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
         raise OSError(f"{path}: cannot be written ({reason})") from e
+    finally:  # after Ctrl-C too
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path, text):
@@ -806,104 +1009,69 @@ def write_png(path, image):
     write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
-def write_tensor(path, tensor):
-    """Writes a tensor as .pt, whole or not at all."""
-    alone = tensor.clone()  # torch.save writes the whole batch of a view
-    write_whole(path, lambda file: torch.save(alone, file))
-
-
-def prepare_folder(args, out, names):
-    """Makes the folder `out`; warns of entries that are none of `names`, for graders read them all."""
-    out.mkdir(parents=True, exist_ok=True)
-    others = sorted(set(os.listdir(out)) - set(names) - {f"{name}.tmp" for name in names})
-    if others and args.rank == 0:
-        some = ", ".join(others[:20])
-        message = f"{out} holds {len(others)} other entries ({some}); graders read every file"
-        print(f"warning: {message}: use an empty folder", file=sys.stderr)
-
-
 def log_path(ckpt):
     """model.log.csv for model.pt; for any other name that name with .log.csv."""
     return Path(f"{str(ckpt).removesuffix('.pt')}.log.csv")
 
 
-def load_checkpoint(path):
-    """The dict of a checkpoint of this script, read without running code from it.
-
-    The course's UNet.pt, a state dict, gets the same form; it may be wrapped in "state_dict" or "model".
-    """
-    if not Path(path).is_file():
-        advice = f"make one with: python {NAME}.py --mode train --data DIR --ckpt {path}"
-        raise FileNotFoundError(f"--ckpt {path}: no such file; {advice}; or give the course's UNet.pt")
-    ckpt = load_file(path, f"--ckpt {path}: not a readable checkpoint")
-    expected = f"expected a checkpoint of this {NAME}.py or the course's UNet.pt"
-    if not isinstance(ckpt, dict):
-        raise ValueError(f"--ckpt {path}: found {type(ckpt).__name__}, {expected}")
-    if "script" in ckpt:
-        args = ckpt.get("args")
-        known = ckpt["script"] == NAME and isinstance(args, dict) and isinstance(ckpt.get("ema"), dict)
-        if not known or {"size", *NETWORK} - args.keys():
-            raise ValueError(f"--ckpt {path}: found {ckpt['script']}, {expected}")
-        return ckpt
-    for wrapper in ("state_dict", "model"):
-        if isinstance(ckpt.get(wrapper), dict):
-            ckpt = ckpt[wrapper]
-    return {"args": COURSE, "ema": ckpt}
+def find_ckpt(name, mode):
+    """checkpoints/NAME.pt for training or where it is, else the weights that come with this script."""
+    here = Path("checkpoints") / f"{name}.pt"
+    for path in (here, HERE / ".weights" / here.name, HERE / here.name):
+        if mode == "train" or path.is_file():
+            return str(path)
+    return str(here)
 
 
-def load_weights(net, state, path):
-    """Fills `net` from a state dict; names of DistributedDataParallel and torch.compile are understood.
-
-    Raises ValueError where names or shapes differ, or a weight is sparse or not finite.
-    """
-    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value for name, value in state.items()}
-    found = {name: tuple(getattr(value, "shape", [])) for name, value in weights.items()}
-    wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-    differ = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
-    if differ:
-        first = f"{differ[0]} is {found.get(differ[0])}, expected {wanted.get(differ[0])}"
-        count = f"found {len(found)} entries, expected the {len(wanted)} of this network or of UNet.pt"
-        raise ValueError(f"--ckpt {path}: {count}; {len(differ)} differ, {first}")
-    sparse = [name for name, value in weights.items() if value.layout != torch.strided]
-    broken = sparse or [name for name, value in weights.items() if not torch.isfinite(value).all()]
-    if broken:
-        message = f"{len(broken)} weights are sparse or not finite, for instance {broken[0]}"
-        raise ValueError(f"--ckpt {path}: {message}")
-    net.load_state_dict(weights)
-
-
-def load_model(path, device="cpu"):
-    """(network in eval mode, settings) of a checkpoint, of weights in .weights/, or of the course's UNet.pt.
-
-    settings.prediction: "v" or "eps". settings.size: height and width of its images.
-    settings.course: True for the course's network: float32 by default, images scaled by min and max.
-    Raises ValueError or OSError where the file is none of these.
-    """
-    ckpt = load_checkpoint(path)
-    settings = argparse.Namespace(**{**OWN, **ckpt["args"], "device": torch.device(device)})
-    model = build(settings)
-    load_weights(model, ckpt["ema"], path)
-    # without gradients channels_last is a fifth faster, on CPUs too
-    return model.to(memory_format=torch.channels_last).eval(), settings
-
-
-def load_guided(args):
-    """load_model of --ckpt, and with --guide the two as one network."""
-    model, settings = load_model(args.ckpt, args.device)
-    if args.guide is None:
-        return model, settings
+def load_file(path, option="--ckpt"):
+    """What torch.load finds, on the CPU; no code of the file runs. `option` names the file in messages."""
     try:
-        guide, other = load_model(args.guide, args.device)
-    except (ValueError, OSError) as e:
-        raise ValueError(str(e).replace("--ckpt", "--guide", 1)) from None
-    found, expected = [
-        f"size {s.size}, prediction {s.prediction}, {len(s.channels)} resolutions" for s in (other, settings)
-    ]
-    if found != expected:
-        raise ValueError(
-            f"--guide {args.guide}: found {found}; expected {expected}, as of --ckpt {args.ckpt}"
-        )
-    return Guided(model, guide, args.autoguidance), settings
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sparse tensors, which are refused
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{option} {path}: no such file; {ADVICE}") from None
+    except Exception as e:  # torch.load raises many types for damaged or hostile files
+        raise ValueError(f"{option} {path}: not readable ({type(e).__name__})") from e
+
+
+def load_checkpoint(path, option="--ckpt"):
+    """The dict of a checkpoint of this script. Raises FileNotFoundError or ValueError."""
+    ckpt = load_file(path, option)
+    found = ckpt.get("script", list(ckpt)[:3]) if isinstance(ckpt, dict) else type(ckpt).__name__
+    if found != NAME:
+        raise ValueError(f"{option} {path}: found {found}, expected a checkpoint of {NAME}.py")
+    kinds = {"args": dict, "ema": dict, "step": int, "seconds": (int, float), "command": str}
+    lacking = [key for key, kind in kinds.items() if not isinstance(ckpt.get(key), kind)]
+    lacking = lacking or [key for key in NETWORK if key not in ckpt["args"]]
+    if lacking:
+        raise ValueError(f"{option} {path}: lacks {', '.join(lacking)}; damaged, or of another version")
+    return ckpt
+
+
+def load_network(ckpt, path, device="cpu", option="--ckpt"):
+    """(averaged network in eval mode, settings) of a checkpoint's dict. Raises ValueError."""
+    settings = argparse.Namespace(**{**ckpt["args"], "device": torch.device(device)})
+    try:
+        nets = build(settings)
+    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"{option} {path}: its settings describe no network ({e})") from e
+    net = nets[0] if isinstance(nets, tuple) else nets
+    load_weights(net, ckpt["ema"], path, option)
+    settings.trained = f"step {ckpt.get('step')} of {ckpt.get('steps', 'a finished training')}"
+    return net.eval(), settings
+
+
+def load_weights(net, state, path, option="--ckpt"):
+    """Fills `net` from a state dict, also of DistributedDataParallel or torch.compile; or ValueError."""
+    try:
+        net.load_state_dict({re.sub(r"^((module|_orig_mod)\.)+", "", name): w for name, w in state.items()})
+    except (TypeError, AttributeError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise ValueError(f"{option} {path}: found {len(state)} weights, not this network's ({reason})") from e
+    broken = [name for name, value in net.state_dict().items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"{option} {path}: {len(broken)} weights are not finite, first {broken[0]}")
 
 
 def progress_bar(args, total, what, unit, initial=0):
@@ -915,215 +1083,195 @@ def progress_bar(args, total, what, unit, initial=0):
     if tqdm is None or args.rank > 0:
         nothing = lambda *_, **__: None
         return argparse.Namespace(update=nothing, set_postfix=nothing, close=nothing)
-    interval = 1 if sys.stderr.isatty() else 60
-    return tqdm(total=total, desc=what, unit=unit, initial=initial, mininterval=interval)
+    terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+    options = dict(initial=initial, file=Screen(sys.stderr), mininterval=1 if terminal else 60)
+    return tqdm(total=total, desc=what, unit=unit, **options)
 
 
 class Run:
-    """What surrounds a training loop: --resume, progress bar, log, checkpoints, Ctrl-C, torchrun.
+    """`for step in run`: --resume, progress bar, log, checkpoints, signals and torchrun around a training.
 
-    `for step in run` counts from 1, or from where the checkpoint stopped, to args.steps.
-    parts: the networks and the optimiser, all that a checkpoint holds of them.
+    settings: what --resume must find unchanged; `steps` is among them where a step depends on it.
+    data: the tensors of the training set. parts: the networks and optimisers that a checkpoint holds.
+    before_save(): makes the averaged network ready.
     """
 
-    def __init__(self, args, images, **parts):
+    def __init__(self, args, steps, settings, data, parts, before_save=lambda: None):
         self.args = args
+        self.steps = steps
+        self.settings = settings
+        self.images = len(data[0])
+        self.data = [hashlib.sha256(x.cpu().contiguous().numpy()).hexdigest() for x in data]
         self.parts = parts
-        self.settings = {key: getattr(args, key) for key in NETWORK + TRAINING}
-        self.settings["size"] = images.shape[-1]
-        self.images = [len(images), images.sum().item()]  # --resume asks for the same
+        self.before_save = before_save
         self.step = 0
         self.seconds = 0.0
         self.log = []
-        self.totals = {}
-        self.count = 0
+        self.totals = {}  # of each loss since the last row of the log: sum, count
         self.signalled = False
         if args.batch_size % args.world:
             raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {args.world} processes")
         if args.resume:
             self.resume()
-        elif args.rank == 0:  # a folder that cannot be written shows now, not after hours
-            if Path(args.ckpt).exists():
-                raise ValueError(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
-            write_whole(args.ckpt, lambda file: None)
-            os.remove(args.ckpt)
+        elif args.rank == 0 and Path(args.ckpt).exists():
+            raise ValueError(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
         if args.world > 1 and args.device.type == "cuda":
             torch.cuda.set_device(args.device)
-            dist.init_process_group("nccl")
-        elif args.world > 1:
-            dist.init_process_group("gloo")
+        if args.world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
         if args.rank > 0:  # every process draws images and noise of its own
             rng = np.random.default_rng([args.seed, self.step, args.rank])
             torch.manual_seed(int(rng.integers(2**62)))
 
     def __iter__(self):
         args = self.args
+        lock = self.lock()
         handlers = {}
         if threading.current_thread() is threading.main_thread():
-            for name in (signal.SIGINT, signal.SIGTERM):
-                handlers[name] = signal.signal(name, self.on_signal)
-        self.say(f"{self.images[0]:,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}")
-        self.bar = progress_bar(args, args.steps, "train", "step", initial=self.step)
-        every = min(100, max(10, args.steps // 20))  # steps between rows of the log
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                    handlers[number] = signal.signal(number, self.on_signal)
+        self.say(f"{args.ckpt}: {self.images:,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}")
+        bar = progress_bar(args, self.steps, "train", "step", initial=self.step)
         start = time.perf_counter() - self.seconds
-        saved = self.row_seconds = self.seconds
+        saved = self.seconds
         stopped = False
         try:
-            while self.step < args.steps and not stopped:
+            while self.step < self.steps and not stopped:
                 self.step += 1
                 yield self.step
                 self.seconds = time.perf_counter() - start
-                self.bar.update()
                 stopped = self.agree_to_stop()
-                due = self.seconds - saved > 120
-                if due or self.step % every == 0:
-                    self.add_row()
-                if due:
+                if self.step % (10 if self.step <= 1000 else 100) == 0:
+                    self.log.append(self.row())
+                    self.totals = {}
+                last = stopped or self.step == self.steps
+                if last or self.seconds - saved > 120:
+                    self.save(again=not last)
                     saved = self.seconds
-                    self.save(again=True)
-            self.add_row()
-            self.save()
+                bar.update()  # the screen comes last: it may be gone
+                bar.set_postfix(self.log[-1] if self.log else {}, refresh=False)
             if args.world > 1:  # after an error it would wait for the other processes
                 dist.destroy_process_group()
         finally:
-            self.bar.close()
-            for name, handler in handlers.items():
-                signal.signal(name, handler)
+            bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if lock:
+                os.remove(lock.name)
+                lock.close()
         self.say(f"{args.ckpt}: step {self.step}, {self.seconds:.0f} s of training")
-        if self.step < args.steps:
+        if self.step < self.steps:
             raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
+
+    def lock(self):
+        """Refuses a second training on this checkpoint; the lock ends with the process, however it ends."""
+        if self.args.rank > 0:
+            return None
+        path = Path(f"{self.args.ckpt}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 (a folder that cannot be written shows now, not after hours)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--ckpt {self.args.ckpt}: another training writes it; give another") from None
+        except OSError:  # a file system without locks
+            pass
+        return file
 
     def on_signal(self, *_):
         self.signalled = True
 
     def agree_to_stop(self):
-        """True after a signal; several processes ask one another every 10 steps, and stop together."""
+        """True after a signal; the processes of torchrun ask one another, and stop together."""
         if self.args.world == 1:
             return self.signalled
-        if self.step % 10 > 0:
-            return False
-        flag = torch.tensor(float(self.signalled), device=self.args.device)
+        flag = torch.tensor(float(self.signalled))
         dist.all_reduce(flag)
         return flag.item() > 0
 
     def say(self, text):
         if self.args.rank == 0:
-            print(text, flush=True)
-
-    def parallel(self, model):
-        """The model whose gradients are averaged over the processes of torchrun."""
-        return nn.parallel.DistributedDataParallel(model) if self.args.world > 1 else model
+            print(text, file=Screen(sys.stdout))
 
     def record(self, **values):
         """Adds a step's losses (tensors) to the means of the log's next row, without waiting for a GPU."""
-        self.count += 1
         for name, value in values.items():
-            self.totals[name] = self.totals.get(name, 0) + value.detach()
+            total, count = self.totals.get(name, (0, 0))
+            self.totals[name] = (total + value.detach(), count + 1)
 
-    def add_row(self):
-        """Appends the means since the last row to the log; raises FloatingPointError for nan and inf."""
-        if self.count == 0:
-            return
-        means = {name: round(total.item() / self.count, 5) for name, total in self.totals.items()}
+    def row(self):
+        """The means since the last row of the log; raises FloatingPointError for nan and inf."""
+        means = {name: round(float(total / count), 5) for name, (total, count) in self.totals.items()}
         if not all(map(math.isfinite, means.values())):
             advice = f"{self.args.ckpt} keeps the last good state, if any; try a lower --lr"
             raise FloatingPointError(f"{means} at step {self.step}; {advice}")
-        rate = self.count * self.args.batch_size / max(self.seconds - self.row_seconds, 1e-9)
-        speed = {"images_per_s": round(rate, 1), "seconds": round(self.seconds, 1)}
-        self.log.append({"step": self.step, **means, **speed})
-        self.bar.set_postfix(means, images_per_s=f"{rate:.0f}")
-        self.row_seconds = self.seconds
-        self.totals = {}
-        self.count = 0
+        before = self.log[-1] if self.log else {"step": 0, "seconds": 0.0}
+        images = (self.step - before["step"]) * self.args.batch_size
+        rate = round(images / max(self.seconds - before["seconds"], 1e-9), 1)
+        return {"step": self.step, **means, "images_per_s": rate, "seconds": round(self.seconds, 1)}
 
     def save(self, again=False):
         """Writes the checkpoint, then its log. again: there is another try later, so failing is a warning."""
         args = self.args
+        rows = [*self.log, self.row()] if self.totals else self.log
         if args.rank > 0:
             return
+        self.before_save()
         rng = {"cpu": torch.get_rng_state()}
         if args.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(args.device)
-        state = {"script": NAME, "args": self.settings, "images": self.images, "step": self.step}
-        state.update(seconds=self.seconds, log=self.log, rng=rng, command=args.command)
+        state = dict(script=NAME, args=self.settings, data=self.data, step=self.step, steps=self.steps)
+        state.update(seconds=self.seconds, log=self.log, totals=self.totals, rng=rng, command=args.command)
         state.update({name: part.state_dict() for name, part in self.parts.items()})
-        rows = [list(self.log[0]), *(row.values() for row in self.log)]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        lines = [names, *([row.get(name, "") for name in names] for row in rows)]
         try:
             write_whole(args.ckpt, lambda file: torch.save(state, file))
-            write_text(log_path(args.ckpt), "".join(",".join(map(str, row)) + "\n" for row in rows))
+            write_text(log_path(args.ckpt), "".join(",".join(map(str, line)) + "\n" for line in lines))
         except OSError as e:
             if not again:
                 raise
-            print(f"warning: {e}; training goes on", file=sys.stderr)
+            print(f"warning: {e}; training goes on", file=Screen(sys.stderr))
 
     def resume(self):
-        """Loads args.ckpt into the parts; raises ValueError where settings or images differ.
+        """Loads args.ckpt into the parts; raises ValueError where settings, images or labels differ.
 
-        A file of --mode export has the averaged weights alone: the networks start from them, the optimiser
-        anew, and images and settings of training may be others.
+        A file of --mode export has averaged weights alone: the networks start from them, the optimisers anew,
+        and only the network's settings must be the same.
         """
-        ckpt = load_checkpoint(self.args.ckpt)
-        old = {**ckpt["args"], "images": ckpt.get("images")}
-        new = {**self.settings, "images": self.images}
-        if "optim" not in ckpt and "script" in ckpt:  # the course's network has another prediction
-            new = {key: new[key] for key in (*NETWORK, "size")}
+        path = self.args.ckpt
+        ckpt = load_checkpoint(path)
+        alone = "rng" not in ckpt
+        old = {**ckpt["args"], "data": ckpt.get("data")}
+        new = {**self.settings, "data": self.data}
+        if alone:
+            new = {key: new[key] for key in NETWORK}
         differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
         if differ:
-            raise ValueError(f"--resume {self.args.ckpt} with other settings: {', '.join(differ)}")
+            raise ValueError(f"--resume {path} with other settings: {', '.join(differ)}")
         self.step = ckpt["step"]
         self.seconds = ckpt["seconds"]
-        if "optim" not in ckpt:
-            if self.step >= self.args.steps:
-                expected = f"expected more than the {self.step} of {self.args.ckpt}"
-                raise ValueError(f"--resume with --steps {self.args.steps}: {expected}")
-            self.say(f"{self.args.ckpt}: averaged weights of step {self.step}, a fresh optimiser")
-            for name in ("model", "ema"):
-                load_weights(self.parts[name], ckpt["ema"], self.args.ckpt)
-            torch.manual_seed(self.args.seed + self.step)
-            return
+        if self.step + alone > self.steps:
+            raise ValueError(f"--resume {path}: is at step {self.step}, expected fewer than {self.steps}")
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
-                load_weights(part, ckpt[name], self.args.ckpt)
-            else:
+                source = "ema" if alone and name == "model" else name
+                load_weights(part, ckpt.get(source, {}), path)
+            elif not alone:
                 part.load_state_dict(ckpt[name])
-        for parameter, state in self.parts["optim"].state.items():  # a GPU has them in channels_last
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.empty_like(parameter).copy_(state[key])
+                for parameter, state in part.state.items():  # a GPU has them in channels_last
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        state[key] = torch.empty_like(parameter).copy_(state[key])
+        if alone:
+            self.say(f"{path}: averaged weights of {self.step} steps, fresh optimisers")
+            torch.manual_seed(self.args.seed + self.step)
+            return
         self.log = ckpt["log"]
+        self.totals = ckpt["totals"]
         torch.set_rng_state(ckpt["rng"]["cpu"])
         if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
             torch.cuda.set_rng_state(ckpt["rng"]["cuda"], self.args.device)
-
-
-def export(args):
-    """Writes the averaged network of --ckpt into the folder --out, without the state of training.
-
-    Its parameters are float16; settings, training command and --note stand beside them.
-    """
-    ckpt = load_checkpoint(args.ckpt)
-    model, settings = load_model(args.ckpt)
-    if settings.course:
-        raise ValueError(
-            f"--ckpt {args.ckpt}: the course's network; export takes a checkpoint of this script"
-        )
-    half = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
-    state = {key: ckpt[key] for key in ("script", "args", "step", "seconds", "command")}
-    state.update(note=args.note, ema={**model.state_dict(), **half})
-    path = Path(args.out) / Path(args.ckpt).name
-    if path.exists() and path.samefile(args.ckpt):
-        raise ValueError(f"--out {args.out}: holds --ckpt {args.ckpt} itself; give another folder")
-    write_whole(path, lambda file: torch.save(state, file))
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-
-
-def find_ckpt(name, mode):
-    """checkpoints/NAME.pt for training or where it is, else the weights that come with this script."""
-    here = Path("checkpoints") / f"{name}.pt"
-    script = Path(__file__).resolve().parent
-    for path in (here, script / ".weights" / here.name, script / here.name):
-        if mode == "train" or path.is_file():
-            return str(path)
-    return str(here)
 
 
 def choose_device(name):
@@ -1132,23 +1280,19 @@ def choose_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and dist.is_torchelastic_launched():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        fail(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     try:
-        device = torch.empty(1, device=name).device
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"--device {name}: not available here ({reason}); use --device cpu") from e
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: not supported, expected cpu or cuda")
-    return device
+        raise ValueError(f"--device {name}: not available here ({str(e).splitlines()[0]})") from e
 
 
 def bf16_is_fast(device):
     """True where bfloat16 is known to be fast: CUDA capability 8 and later, CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
-        return False
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
     return capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
 
 
@@ -1161,180 +1305,89 @@ def number(kind, low, high=math.inf):
     """argparse type: a number of `kind` in [low, high]."""
 
     def convert(text):
-        value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high):
-            expected = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
-        return value
+        if not low <= kind(text) <= high:  # nan is nowhere
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} to {high}")
+        return kind(text)
 
     convert.__name__ = kind.__name__
     return convert
 
 
-def add(group, name, default, text, shown="%(default)s", **options):
-    """An option whose help ends with its default."""
-    group.add_argument(name, default=default, help=f"{text} (default: {shown})", **options)
+def add(group, name, kind, default, text, **more):
+    """An option: `kind` is its type, or a tuple of choices."""
+    options = (
+        {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()}
+    )
+    group.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **options | more)
 
 
-def add_options(p):
-    """All options but --mode, --fast and --sampler."""
-    positive = number(int, 1)
-    share = number(float, 0, 1)
-    own = f"checkpoints/{NAME}.pt, else .weights/{NAME}.pt beside the script"
-    add(p, "--data", None, "the course's layout", "built-in faces", metavar="DIR")
-    add(p, "--noise", None, "folder of (1, 3, H, W) noises NN.pt", "drawn from --seed", metavar="DIR")
-    text = "samples; invert: eight faces of --data"
-    add(p, "--input", "samples", "eval, mse, invert: folder of images", text, metavar="DIR")
-    add(p, "--gt", "face/GT", "mse: ground truth with the same file names", metavar="DIR")
-    add(p, "--out", None, "where results go: a folder; eval, mse: a JSON file", metavar="PATH")
-    add(p, "--ckpt", None, "checkpoint to write or read, or the course's UNet.pt", own, metavar="FILE")
-    add(p, "--note", "", "export: what the file says of itself, such as its figures", "none", metavar="TEXT")
-    add(p, "--inception", None, "eval: pytorch-fid's Inception weights", "downloaded once", metavar="FILE")
-    sizes = "train 64, --fast 32; noise 256; else the network's"
-    add(p, "--size", None, "height and width of the images", sizes, type=number(int, 8))
-    add(p, "--num", 1000, "images without --noise; invert: at most so many", type=positive)
-    add(p, "--seed", 0, "random seed of training and of all noise", type=number(int, 0, 2**63 - 1))
-    add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
-    precisions = ("auto", "bf16", "float32")
-    text = "auto: bf16 autocast where the hardware is fast at it, but not for the course's network"
-    add(p, "--precision", "auto", text, choices=precisions)
-
-    g = p.add_argument_group("training")
-    text = "steps in all; with --resume a larger number prolongs the run"
-    add(g, "--steps", 20000, text, type=positive)
-    text = "go on from --ckpt, exactly if --precision is equal; of weights alone with a new optimiser"
-    g.add_argument("--resume", action="store_true", help=text)
-    sizes = "train 32; else 5 of 256x256, 80 of 64x64"
-    add(g, "--batch-size", None, "images per step; elsewhere images at a time", sizes, type=positive)
-    add(g, "--lr", 1e-3, "peak learning rate of AdamW", type=number(float, 0))
-    add(g, "--gamma", 5.0, "min-SNR weighting; 0 switches it off", type=number(float, 0))
-
-    g = p.add_argument_group("network of train (elsewhere the checkpoint says it)")
-    text = "width at each resolution, multiples of 32"
-    add(g, "--channels", [32, 64, 128, 256], text, type=number(int, 32), nargs="+", metavar="C")
-    add(g, "--blocks", 1, "residual blocks per resolution", type=positive)
-    add(g, "--attention", [8], "strides with attention", type=positive, nargs="*", metavar="S")
-    add(g, "--dropout", 0.0, "dropout in the residual blocks", type=share)
-
-    g = p.add_argument_group("sampling")
-    add(g, "--sample-steps", 50, "network calls of ddim and dpm++", type=number(int, 1, T // 2))
-    text = "ddim: 0 deterministic, 1 as noisy as ddpm; eta-grid: its rows"
-    add(g, "--eta", [0.0], text, type=share, nargs="+")
-    text = "another checkpoint, trained less or smaller, whose mistakes the sampler avoids (2406.02507)"
-    add(g, "--guide", None, text, "none", metavar="FILE")
-    text = "with --guide: 1 is the network alone, more leads further from the guide"
-    add(g, "--autoguidance", 1.4, text, type=number(float, 0))
-    add(g, "--iterations", 3, "invert: network calls per step; 1: the usual inversion", type=positive)
-
-
-# what a mode changes in the defaults, --fast in those of training, and --sampler dpm++ everywhere
-DEFAULTS = {
-    "train": {"size": 64, "batch_size": 32},
-    "sample": {"out": "samples"},
-    "eta-grid": {"out": "p3_figures", "eta": [0.0, 0.25, 0.5, 0.75, 1.0]},
-    "interpolate": {"out": "p3_figures"},
-    "noise": {"out": "noise", "size": 256},
-    "invert": {"out": "inverted", "input": None},
-    "export": {"out": ".weights"},
-    "grid": {"out": "p3_figures"},
-}
-FAST = {"steps": 1500, "size": 32}
-
-
-def check_options(args):
-    """Raises ValueError for options that do not go together."""
-    if any(c % 32 for c in args.channels):
-        fail(f"--channels {args.channels}: expected multiples of 32")
-    if args.mode == "train":
-        check_size([args.size], args, "--size")
-    if args.mode == "noise" and args.size % 8:
-        fail(f"--size {args.size}: expected a multiple of 8, so that a network can halve it")
-    if args.guide and args.mode not in ("sample", "eta-grid", "interpolate", "grid"):
-        fail(f"--guide {args.guide}: --mode {args.mode} has no use for it")
-    given = " ".join(str(eta) for eta in args.eta)
-    if len(args.eta) > 1 and args.mode != "eta-grid":
-        fail(f"--eta {given}: --mode {args.mode} takes one; only eta-grid shows several")
-    if args.sampler == "ddim":
-        ddim_times(args.sample_steps)
-    if args.sampler != "ddim" and (args.mode in ("invert", "eta-grid") or any(args.eta)):
-        fail(f"--mode {args.mode} --sampler {args.sampler} --eta {given}: eta and inversion are DDIM's")
-    if any(args.eta) and args.mode in ("invert", "interpolate"):
-        fail(f"--eta {given}: --mode {args.mode} is deterministic; leave --eta out")
-
-
-def parse_args(argv=None):
-    """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = fail
-    add(first, "--mode", "train", "what to do", choices=MODES)
-    first.add_argument("--fast", action="store_true", help="preset for a CPU and a few minutes of training")
-    text = "DDIM, DPM-Solver++(2M), or DDPM over all 1000 steps"
-    add(first, "--sampler", "ddim", text, choices=SAMPLERS)
-    preset, _ = first.parse_known_args(argv)
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False, parents=[first])
+def new_parser():
+    """A parser with the options that all four scripts have."""
+    style = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=30)
+    usage = f"python {NAME}.py --mode MODE [--option value ...]"
+    p = argparse.ArgumentParser(NAME, usage, __doc__, formatter_class=style, allow_abbrev=False)
     p.error = fail
-    add_options(p)
-    p.set_defaults(**DEFAULTS.get(preset.mode, {}))
-    if preset.fast and preset.mode == "train":
-        p.set_defaults(**FAST)
-    if preset.sampler == "dpm++":
-        p.set_defaults(sample_steps=10)
+    add(p, "--mode", tuple(MODES), "train", "what to do")
+    p.add_argument("--fast", action="store_true", help="train: preset for a CPU and some minutes")
+    p.add_argument("--resume", action="store_true", help="train: go on from --ckpt, or from weights alone")
+    add(p, "--data", str, None, "images in the course's layout; None: built-in ones", metavar="DIR")
+    add(p, "--out", str, None, "where results go: a folder; of eval and predict a file", metavar="PATH")
+    add(p, "--seed", number(int, 0, 2**32 - 1), 0, "of training and of all noise")
+    add(p, "--device", str, "auto", "auto, cpu, cuda or cuda:N", metavar="NAME")
+    precisions = ("auto", "bf16", "float32")
+    add(p, "--precision", precisions, "auto", "auto: bf16 autocast where the hardware is fast at it")
+    return p
+
+
+def parse(p, argv, presets):
+    """The settings of a command line; presets(them): the defaults of this mode, method and report."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    known = [text for text in argv if text not in ("-h", "--help")]
+    for _ in range(2):  # of one option's default another's may depend
+        p.set_defaults(**presets(p.parse_known_args(known)[0]))
     args = p.parse_args(argv)
     args.command = shlex.join(["python", f"{NAME}.py", *argv])
-
-    check_options(args)
-    args.ckpt = args.ckpt or find_ckpt(NAME, args.mode)
+    args.given = {text.split("=")[0].removeprefix("--") for text in argv if text.startswith("--")}
     launched = dist.is_torchelastic_launched()  # left-over variables of another launcher do not count
     args.rank = int(os.environ["RANK"]) if launched else 0
     args.world = int(os.environ["WORLD_SIZE"]) if launched else 1
-    if args.world > 1 and args.mode not in ("train", "sample"):
-        fail(f"--mode {args.mode} with {args.world} processes: only train and sample share their work")
+    if args.world > 1 and args.mode not in SHARED:
+        fail(f"--mode {args.mode}: cannot share its work among {args.world} processes")
     args.device = choose_device(args.device)
     args.bf16 = bf16_is_fast(args.device) if args.precision == "auto" else args.precision == "bf16"
     return args
 
 
-def train_faces(args):
-    """--mode train: trains on face/train of --data, or on the built-in faces."""
-    from common import load_faces
-
-    train(args, load_faces(args.data, "train", args.size))
-
-
-MODES = {"train": train_faces, "sample": sample, "eval": evaluate, "mse": mse, "noise": write_noise}
-MODES.update(
-    {"eta-grid": eta_grid, "interpolate": interpolate, "invert": invert, "grid": grid, "export": export}
-)
+def refuse_unused(args, uses):
+    """uses: (whether there is a use, where, names of options). Raises ValueError for one without a use."""
+    for used, where, names in uses:
+        unused = sorted(args.given & set(names.split()))
+        if unused and not used:
+            fail(f"--{unused[0]}: has a use only with {where}; leave it out")
 
 
 def main(argv=None):
     """The command line: what goes wrong becomes one line on standard error and an exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has none
-            stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
-    try:
-        args = parse_args(argv)
-        if args.mode not in ("train", "eval", "mse", "noise", "export") and args.rank == 0:
-            print(f"weights: {args.ckpt}" + (f", guide: {args.guide}" if args.guide else ""))
-        MODES[args.mode](args)
-    except (ValueError, OSError, ImportError, FloatingPointError) as e:
-        message = str(e)
-        if isinstance(e, OSError) and e.filename is not None:
-            message = f"{e.filename}: {e.strerror}"
-            if isinstance(e, FileExistsError):  # of mkdir
-                message += ", expected a folder"
-        if isinstance(e, ImportError):
-            message = f"{e}; pip install -r requirements.txt, and keep common.py beside this file"
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(e, FloatingPointError) else 2) from None
-    except torch.cuda.OutOfMemoryError as e:
-        print(f"error: {str(e).splitlines()[0]}; use a smaller --batch-size", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt as e:
-        print(str(e) or "stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+    sys.path.append(str(HERE))  # of common.py, for python -m FOLDER.SCRIPT
+    with contextlib.redirect_stdout(Screen(sys.stdout)), contextlib.redirect_stderr(Screen(sys.stderr)):
+        try:
+            args = parse_args(argv)
+            return MODES[args.mode](args)
+        except KeyboardInterrupt as e:
+            code, line = 130, str(e) or "stopped"
+        except FloatingPointError as e:
+            code, line = 1, f"error: {e}"
+        except ImportError as e:
+            code = 2
+            line = f"error: {e}; pip install -r requirements.txt, and keep common.py beside this file"
+        except (ValueError, OSError) as e:
+            code, line = 2, f"error: {e}"
+        except (RuntimeError, MemoryError) as e:
+            if not isinstance(e, MemoryError) and "memory" not in str(e):
+                raise
+            code, line = 1, f"error: memory ran out ({str(e)[:200]}); use a smaller --batch-size"
+        print(" ".join(line.split()), file=sys.stderr)
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":
