@@ -345,6 +345,7 @@ def scripted(*answers):
     given = []
 
     def predict(x, t):
+        assert x.dtype == torch.float32
         x0, eps = answers[len(given)]
         given.append((x.item(), t))
         return torch.tensor(x0), torch.tensor(eps)
@@ -632,9 +633,28 @@ def test_generate_refuses(generated):
     ):
         with pytest.raises(ValueError, match="noise: "):
             p3.generate(model, settings, bad)
-    for wrong in ({"sampler": "dpm"}, {"calls": 30}):
+    for wrong in (
+        {"sampler": "dpm"},
+        {"calls": 30},
+        {"calls": 50.0},
+        {"calls": 0, "sampler": "dpm++"},
+        {"calls": 501, "sampler": "dpm++"},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"keys": [(0, 1)]},
+        {"keys": [(0, 1), (0, 1.5)]},
+        {"keys": [(0, 1), (0, 2**32)]},
+    ):
         with pytest.raises(ValueError, match="expected|expects"):
             p3.generate(model, settings, good, **wrong)
+
+
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor])
+def test_keys_are_lists_arrays_or_tensors(generated, form):
+    keys = form([[4, 1], [2**32 - 1, 1]])
+    seen = generated(keys=keys, seed=np.int64(2), calls=torch.tensor(4))
+    assert seen.times == [751, 501, 251, 1]
+    assert torch.equal(seen.more[1](), noise_of(2, (4, 1), (2**32 - 1, 1)))
 
 
 # ------------------------------------------------------------------ networks
@@ -933,7 +953,7 @@ def test_bad_noise(tiny, error):
         assert found in error(given, folder, "sample", "--out", folder / "out")
     torch.save(Hostile(folder / "executed"), folder / "noise" / "00.pt")
     for mode in ("sample", "interpolate", "eta-grid"):
-        assert "00.pt: not a readable tensor" in error(given, folder, mode, "--out", folder / "out")
+        assert "00.pt: not readable" in error(given, folder, mode, "--out", folder / "out")
     assert not (folder / "out").exists() and not (folder / "executed").exists()
     assert "found 0 files" in error(given, folder, "sample", "--noise", folder / "nothing")
 
@@ -1041,10 +1061,10 @@ def test_guide(own, tmp_path, error):
     """Autoguidance 1 is the network alone, 50 changes the images; a guide that does not fit is refused."""
     train(tmp_path / "guide.pt", 2, "--seed", 1)
     options = ["--ckpt", own, "--device", "cpu", "--precision", "float32", "--sampler", "dpm++"]
-    options += ["--sample-steps", 3, "--num", 3]
+    options += ["--sample-steps", 3]
 
     def sample(name, *guide):
-        call("--mode", "sample", "--out", tmp_path / name, *options, *guide)
+        call("--mode", "sample", "--num", 3, "--out", tmp_path / name, *options, *guide)
         return np.stack(list(images(tmp_path / name).values())).astype(int)
 
     plain = sample("plain")
@@ -1153,6 +1173,8 @@ def test_defaults_follow_mode_and_sampler():
     assert parse("--mode", "sample").sample_steps == 50
     assert parse("--mode", "sample", "--sampler", "dpm++").sample_steps == 10
     assert parse("--mode", "sample", "--sampler", "dpm++", "--sample-steps", 7).sample_steps == 7
+    guided = parse("--mode", "sample", "--guide", "guide.pt")
+    assert (guided.sampler, guided.sample_steps, guided.autoguidance) == ("dpm++", 10, 1.4)
     assert (parse("--fast").size, parse("--fast").steps, parse().size) == (32, 1500, 64)
     assert parse("--fast", "--steps", 9).steps == 9 and parse("--mode", "noise").size == 256
 
