@@ -235,7 +235,7 @@ def shown(args, x, progress):
 def d_step(args, g, d, optim, images, labels, progress):
     """D step: minimise the loss of telling real from generated images; returns means for the log."""
     i = torch.randint(len(images), (args.batch_size // args.world,), device=args.device)
-    real = images[i].float() / 127.5 - 1
+    real = images[i] / 127.5 - 1
     y = labels[i] if args.method == "acgan" else None
     if args.flip:
         mirrored = torch.rand(len(real), 1, 1, 1, device=args.device) < 0.5
