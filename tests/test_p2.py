@@ -855,16 +855,15 @@ def test_every_command_of_the_readme_is_accepted():
 @pytest.mark.parametrize(
     "arguments",
     [
-        "--steps 0", "--lr -1", "--lr inf", "--channels 33", "--T 1", "--clip 0", "--stepz 5", "--mode fly",
-        "--mode sample --guidance x", "--mode sample --num 0", "--mode sample --sample-steps 0",
-        "--mode sample --eta 0.5", "--mode sample --last-time 0.1 --sampler ddim",
-        "--mode sample --guidance-interval 0.9 0.3", "--mode sample --guidance-interval 0.3 1.1",
-        "--mode eval --guide a.pt", "--mode sample --states 1", "--epochs 2 --steps 3",
-        "--mode sample --schedule linear", "--mode sample --autoguidance 50", "--beta-end 0.1",
-        "--mode sample --sampler ddpm --sample-steps 9", "--width 64",
+        "--steps 0", "--lr -1", "--lr nan", "--channels 33", "--T 1", "--clip 0", "--stepz 5", "--mode fly",
+        "--epochs 2 --steps 3", "--width 64", "--beta-end 0.1", "--schedule linear --mode sample",
+        "--guidance x --mode sample", "--num 0 --mode sample", "--sample-steps 0 --mode sample",
+        "--sample-steps 9 --mode sample --sampler ddpm", "--eta 0.5 --mode sample",
+        "--last-time 0.1 --mode sample --sampler ddim", "--guidance-interval 0.9 0.3 --mode sample",
+        "--guidance-interval 0.3 1.1 --mode sample", "--autoguidance 50 --mode sample",
+        "--guide a.pt --mode eval", "--states 1 --mode sample",
     ],
 )  # fmt: skip
 def test_wrong_options(arguments, error):
-    *_, last = re.findall(r"--[\w-]+", arguments)
-    first = [text for text in arguments.split() if text.startswith("--")][-2:]
-    assert any(option in error(p2.main, arguments.split()) for option in (last, first[0]))
+    """The first option is wrong, or has no use with what follows."""
+    assert arguments.split()[0] in error(p2.main, arguments.split())
