@@ -203,6 +203,8 @@ def test_built_in_data_has_a_folder_of_its_own(pretend, tmp_path):
         for _, args in commands:
             assert Path(args.out or args.ckpt).parts[0] == out
             assert args.data is None
+        guides = [getattr(args, "guide", None) for _, args in commands if args.mode == "sample"]
+        assert bool(arguments) != any(guides)  # those of the shipped weights fit no other network
         trained = {script for script, args in commands if args.mode == "train"}
         assert trained == (set() if not arguments else {"p1_gan", "p2_diffusion", "p3_ddim"})
     assert (tmp_path / "results-train" / "commands.tsv").is_file()
