@@ -701,23 +701,23 @@ def check_latents(method, z, digits):
 
 def presets(args):
     """The defaults of this --mode, --method, --report and --fast that are not those of add_options."""
-    methods = PRESETS if args.report is None else REPORTS[args.report]
-    method = args.method or ("sngan" if args.report is None else next(iter(methods)))
+    methods = REPORTS[args.report] if args.report else PRESETS
+    method = args.method or ("dcgan" if args.report else "sngan")
     if method not in methods:
         fail(f"--report {args.report} --method {method}: this report has {' and '.join(methods)}")
-    defaults = {"method": method, **PRESETS[method]}
+    name = f"p1_{method}_{args.report}" if args.report else f"p1_{method}"
+    defaults = {"method": method, "ckpts": [find_ckpt(name, args.mode)], **PRESETS[method]}
     if args.report:
         defaults |= OF_REPORTS | methods[method]
     if "epochs" in defaults:
         defaults["steps"] = None
     if args.fast:
         defaults |= {"steps": 300, "epochs": None}
-    modes = {
-        "sample": {"out": "samples", "batch_size": 100},
-        "grid": {"out": "p1_figures"},
-    }
-    name = f"p1_{method}_{args.report}" if args.report else f"p1_{method}"
-    return defaults | modes.get(args.mode, {}) | {"ckpts": [find_ckpt(name, args.mode)]}
+    if args.mode == "sample":
+        defaults |= {"out": "samples", "batch_size": 100}
+    if args.mode == "grid":
+        defaults["out"] = "p1_figures"
+    return defaults
 
 
 def add_options(p):
@@ -726,71 +726,47 @@ def add_options(p):
     zero_up = number(float, 0)
     share = number(float, 0, 1)
     text = "what to train; elsewhere it names the default of --ckpt, which says the method"
-    add(p, "--method", tuple(PRESETS), None, text)
-    add(p, "--report", tuple(REPORTS), None, "preset: networks and training of a report (see REPORTS)")
+    add(p, "--method", tuple(PRESETS), None, "", text)
+    add(p, "--report", tuple(REPORTS), None, "", "preset: networks and training of a report (see REPORTS)")
     text = "checkpoint to write or read, its log.csv beside it; grid takes several"
-    add(p, "--ckpt", str, None, text, metavar="FILE", nargs="+", dest="ckpts")
-    add(p, "--input", str, "samples", "eval: folder of images", metavar="DIR")
-    text = "eval of acgan: weights in the course's format; None: ours, or trained on --data"
-    add(p, "--classifier", str, None, text, metavar="FILE")
-    text = "eval of faces: weights of pytorch-fid; None: downloaded once"
-    add(p, "--inception", str, None, text, metavar="FILE")
-    text = "sample: faces in all, or digits of each class; None: 1000 faces, 100 of each digit"
-    add(p, "--num", positive, None, text)
+    add(p, "--ckpt", str, None, "", text, metavar="FILE", nargs="+", dest="ckpts")
+    seed = number(int, 0, 2**32 - 1)
+    add(p, "--seed", seed, 0, "train sample grid", "of training and of all noise")
+    add(p, "--data", str, None, "train eval", "the course's layout; None: built-in images", metavar="DIR")
+    add(p, "--out", str, None, "sample eval grid", "folder for results; eval: a JSON file", metavar="PATH")
+    add(p, "--input", str, "samples", "eval", "folder of images", metavar="DIR")
+    text = "acgan: weights in the course's format; None: ours, or trained on --data"
+    add(p, "--classifier", str, None, "eval", text, metavar="FILE")
+    text = "faces: weights of pytorch-fid; None: downloaded once"
+    add(p, "--inception", str, None, "eval", text, metavar="FILE")
+    text = "faces in all (None: 1000), or digits of each class (None: 100)"
+    add(p, "--num", positive, None, "sample", text)
+    add(p, "--batch-size", positive, None, "train sample", "images per step; sample: images at a time")
 
-    g = p.add_argument_group("training")
-    text = "updates of D in all; --resume takes more where no step depends on it"
-    add(g, "--steps", positive, None, text)
-    add(g, "--epochs", positive, None, "passes over the images, instead of --steps")
-    add(g, "--batch-size", positive, None, "images per step; sample: images at a time")
-    add(g, "--lr", zero_up, None, "learning rate of G")
-    add(g, "--lr-d", zero_up, None, "learning rate of D")
-    add(g, "--betas", number(float, 0, 0.9999), None, "of AdamW", nargs=2, metavar="B")
-    add(g, "--weight-decay", zero_up, 0.0, "of AdamW")
+    add(p, "--fast", bool, False, "train", "preset for a CPU and some minutes")
+    add(p, "--resume", bool, False, "train", "go on from --ckpt")
+    text = "auto: bf16 autocast where the hardware is fast at it"
+    add(p, "--precision", ("auto", "bf16", "float32"), "auto", "train", text)
+    text = "updates of D; --resume takes more where no step depends on their number"
+    add(p, "--steps", positive, None, "train", text)
+    add(p, "--epochs", positive, None, "train", "passes over the images, instead of --steps")
+    add(p, "--lr", zero_up, None, "train", "learning rate of G")
+    add(p, "--lr-d", zero_up, None, "train", "learning rate of D")
+    add(p, "--betas", number(float, 0, 0.9999), None, "train", "of AdamW", nargs=2)
+    add(p, "--weight-decay", zero_up, 0.0, "train", "of AdamW")
     text = "of the learning rates: linear to 0; thirds: halved at 1/3 and 2/3"
-    add(g, "--decay", ("none", "linear", "thirds"), None, text)
-    add(g, "--n-critic", positive, None, "updates of D per round")
-    add(g, "--g-updates", positive, None, "updates of G after them")
-    add(g, "--ema", share, None, "decay of the averaged generator that samples; 0: none")
-    add(g, "--diffaugment", ("none", "translation"), None, "DiffAugment of all that D sees")
-    add(g, "--loss", ("bce", "wasserstein", "hinge"), None, "of D and G")
-    add(g, "--label-smoothing", share, 0.0, "of bce: the real label is 1 - this")
-    add(g, "--digit-weight", zero_up, 30.0, "acgan: last weight of G's digit loss; the first is 1")
+    add(p, "--decay", ("none", "linear", "thirds"), None, "train", text)
+    add(p, "--n-critic", positive, None, "train", "updates of D per round")
+    add(p, "--g-updates", positive, None, "train", "updates of G after them")
+    add(p, "--ema", share, None, "train", "decay of the averaged generator that samples; 0: none")
+    add(p, "--diffaugment", ("none", "translation"), None, "train", "DiffAugment of all that D sees")
+    add(p, "--loss", ("bce", "wasserstein", "hinge"), None, "train", "of D and G")
+    add(p, "--label-smoothing", share, 0.0, "train", "bce: the real label is 1 - this")
+    add(p, "--digit-weight", zero_up, 30.0, "train", "acgan: last weight of G's digit loss; the first is 1")
     text = "standard deviation of noise on all that D sees; it decays to 0"
-    add(g, "--instance-noise", zero_up, 0.0, text)
-    g.add_argument("--no-flip", dest="flip", action="store_false", help="do not mirror images at random")
-
-
-def check_options(args):
-    """Raises ValueError for options that have no use, or contradict each other."""
-    mode = args.mode
-    training = (
-        "fast resume steps epochs lr lr-d betas weight-decay decay n-critic g-updates ema diffaugment loss "
-    )
-    training += "label-smoothing digit-weight instance-noise no-flip"
-    uses = [
-        (mode == "train", "--mode train", training),
-        (mode == "sample", "--mode sample", "num"),
-        (mode == "eval", "--mode eval", "input classifier inception"),
-        (mode in ("train", "sample"), "--mode train or sample", "batch-size"),
-        (mode in ("train", "eval"), "--mode train or eval", "data"),
-        (mode in ("train", "sample", "grid"), "--mode train, sample or grid", "seed"),
-        (mode == "train", "--mode train; images are made in float32", "precision"),
-        (mode != "train", "another --mode", "out"),
-        (args.method == "acgan", "--method acgan", "digit-weight"),
-        (args.loss == "bce", "--loss bce, which has a real label", "label-smoothing"),
-    ]
-    refuse_unused(args, uses)
-    if {"epochs", "steps"} <= args.given:
-        fail("--epochs and --steps: expected one of them")
-    if mode == "train" and args.batch_size < 2:
-        fail(f"--batch-size {args.batch_size}: expected 2 or more, for BatchNorm")
-    if (args.loss == "wasserstein") != (args.method == "wgangp"):
-        fail(
-            f"--method {args.method} --loss {args.loss}: wgangp alone has the penalty that wasserstein needs"
-        )
-    if len(args.ckpts) > 1 and mode != "grid":
-        fail(f"--ckpt {' '.join(args.ckpts)}: --mode {mode} takes one; only grid shows several")
+    add(p, "--instance-noise", zero_up, 0.0, "train", text)
+    text = "do not mirror images at random"
+    add(p, "--no-flip", bool, True, "train", text, dest="flip", action="store_false")
 
 
 def parse_args(argv=None):
@@ -798,8 +774,23 @@ def parse_args(argv=None):
     p = new_parser()
     add_options(p)
     args = parse(p, argv, presets)
-    check_options(args)
-    if "epochs" in args.given:
+    uses = [
+        (args.method == "acgan", "--method acgan", "digit-weight classifier"),
+        (args.method != "acgan", "faces", "inception"),
+        (args.loss == "bce", "--loss bce, which has a real label", "label-smoothing"),
+    ]
+    penalty = args.method == "wgangp"
+    contradictions = [
+        ({"--epochs", "--steps"} <= args.given, "--epochs and --steps: expected one of them"),
+        (args.mode == "train" and args.batch_size < 2, "--batch-size: expected 2 or more, for BatchNorm"),
+        (
+            penalty != (args.loss == "wasserstein"),
+            f"--loss {args.loss}: wgangp alone has wasserstein's penalty",
+        ),
+        (len(args.ckpts) > 1 and args.mode != "grid", "--ckpt: takes one; only --mode grid shows several"),
+    ]
+    refuse(args, uses, contradictions)
+    if "--epochs" in args.given:
         args.steps = None
     args.ckpt = args.ckpts[0]
     return args
@@ -934,7 +925,7 @@ def load_network(ckpt, path, device="cpu", option="--ckpt"):
     settings = argparse.Namespace(**{**ckpt["args"], "device": torch.device(device)})
     try:
         nets = build(settings)
-    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{option} {path}: its settings describe no network ({e})") from e
     net = nets[0] if isinstance(nets, tuple) else nets
     load_weights(net, ckpt["ema"], path, option)
@@ -1005,12 +996,12 @@ class Run:
 
     def __iter__(self):
         args = self.args
-        lock = self.lock()
+        lock = self.lock() if args.rank == 0 else None
         handlers = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-                    handlers[number] = signal.signal(number, self.on_signal)
+                    handlers[number] = signal.signal(number, lambda *_: setattr(self, "signalled", True))
         self.say(f"{args.ckpt}: {self.images:,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}")
         bar = progress_bar(args, self.steps, "train", "step", initial=self.step)
         start = time.perf_counter() - self.seconds
@@ -1046,28 +1037,21 @@ class Run:
 
     def lock(self):
         """Refuses a second training on this checkpoint; the lock ends with the process, however it ends."""
-        if self.args.rank > 0:
-            return None
         path = Path(f"{self.args.ckpt}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")  # noqa: SIM115 (a folder that cannot be written shows now, not after hours)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--ckpt {self.args.ckpt}: another training writes it; give another") from None
-        except OSError:  # a file system without locks
-            pass
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"--ckpt {self.args.ckpt}: another training writes it; give another")
         return file
-
-    def on_signal(self, *_):
-        self.signalled = True
 
     def agree_to_stop(self):
         """True after a signal; the processes of torchrun ask one another, and stop together."""
-        if self.args.world == 1:
-            return self.signalled
         flag = torch.tensor(float(self.signalled))
-        dist.all_reduce(flag)
+        if self.args.world > 1:
+            dist.all_reduce(flag)
         return flag.item() > 0
 
     def say(self, text):
@@ -1193,29 +1177,32 @@ def number(kind, low, high=math.inf):
     return convert
 
 
-def add(group, name, kind, default, text, **more):
-    """An option: `kind` is its type, or a tuple of choices."""
-    options = (
-        {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()}
-    )
-    group.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **options | more)
+def add(p, name, kind, default, modes, text, **more):
+    """An option of some --modes, or of all (""): `kind` is its type, a tuple of choices, bool: a switch."""
+    p.modes[name] = modes.split() or list(MODES)
+    title = f"of --mode {modes}" if len(p.modes[name]) == 1 else "of several modes"
+    if title not in p.groups:
+        p.groups[title] = p.add_argument_group(title)
+    how = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
+    if isinstance(kind, tuple):
+        how = {"choices": kind}
+    if kind is bool:
+        how = {"action": "store_true"}
+    else:
+        text += " (default: %(default)s)"
+    p.groups[title].add_argument(name, default=default, help=text, **how | more)
 
 
 def new_parser():
-    """A parser with the options that all four scripts have."""
+    """A parser with the options that all modes have."""
     style = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=30)
     usage = f"python {NAME}.py --mode MODE [--option value ...]"
     p = argparse.ArgumentParser(NAME, usage, __doc__, formatter_class=style, allow_abbrev=False)
     p.error = fail
-    add(p, "--mode", tuple(MODES), "train", "what to do")
-    p.add_argument("--fast", action="store_true", help="train: preset for a CPU and some minutes")
-    p.add_argument("--resume", action="store_true", help="train: go on from --ckpt, or from weights alone")
-    add(p, "--data", str, None, "images in the course's layout; None: built-in ones", metavar="DIR")
-    add(p, "--out", str, None, "where results go: a folder; of eval and predict a file", metavar="PATH")
-    add(p, "--seed", number(int, 0, 2**32 - 1), 0, "of training and of all noise")
-    add(p, "--device", str, "auto", "auto, cpu, cuda or cuda:N", metavar="NAME")
-    precisions = ("auto", "bf16", "float32")
-    add(p, "--precision", precisions, "auto", "auto: bf16 autocast where the hardware is fast at it")
+    p.modes = {}
+    p.groups = {}
+    add(p, "--mode", tuple(MODES), "train", "", "what to do")
+    add(p, "--device", str, "auto", "", "auto, cpu, cuda or cuda:N", metavar="NAME")
     return p
 
 
@@ -1227,7 +1214,10 @@ def parse(p, argv, presets):
         p.set_defaults(**presets(p.parse_known_args(known)[0]))
     args = p.parse_args(argv)
     args.command = shlex.join(["python", f"{NAME}.py", *argv])
-    args.given = {text.split("=")[0].removeprefix("--") for text in argv if text.startswith("--")}
+    args.given = {text.split("=")[0] for text in argv if text.startswith("--")}
+    for name in sorted(args.given & p.modes.keys()):
+        if args.mode not in p.modes[name]:
+            fail(f"{name}: has no use with --mode {args.mode}, only with {', '.join(p.modes[name])}")
     launched = dist.is_torchelastic_launched()  # left-over variables of another launcher do not count
     args.rank = int(os.environ["RANK"]) if launched else 0
     args.world = int(os.environ["WORLD_SIZE"]) if launched else 1
@@ -1238,12 +1228,18 @@ def parse(p, argv, presets):
     return args
 
 
-def refuse_unused(args, uses):
-    """uses: (whether there is a use, where, names of options). Raises ValueError for one without a use."""
-    for used, where, names in uses:
-        unused = sorted(args.given & set(names.split()))
+def refuse(args, uses, contradictions):
+    """Raises ValueError for options without a use, and for contradictions.
+
+    uses: (whether there is one, with what, options). contradictions: (whether there is one, message).
+    """
+    for used, what, names in uses:
+        unused = sorted(args.given & {f"--{name}" for name in names.split()})
         if unused and not used:
-            fail(f"--{unused[0]}: has a use only with {where}; leave it out")
+            fail(f"{unused[0]}: has a use only with {what}; leave it out")
+    for wrong, message in contradictions:
+        if wrong:
+            fail(message)
 
 
 def main(argv=None):

@@ -751,10 +751,7 @@ class UNet2022b(nn.Module):
         for module in self.middle:
             h = module(h, *emb)
         for module in self.up:
-            if isinstance(module, Block2022b):
-                h = module(torch.cat([h, skips.pop()], 1), *emb)
-            else:
-                h = module(h)
+            h = module(torch.cat([h, skips.pop()], 1), *emb) if isinstance(module, Block2022b) else module(h)
         return self.out(h)
 
 
@@ -962,19 +959,19 @@ def check_training_set(args, images, labels):
 
 def presets(args):
     """The defaults of this --mode, --report, --guide and --fast that are not those of add_options."""
-    defaults = {"clamp": True, "variance": "posterior"}
+    name = f"{NAME}_{args.report}" if args.report else NAME
+    defaults = {"ckpt": find_ckpt(name, args.mode), "clamp": True, "variance": "posterior"}
     if args.report:
         defaults |= EVERY_REPORT | REPORTS[args.report]
     if args.fast:
         defaults |= {"steps": 1600, "batch_size": 32, "epochs": None}
     if args.guide:
         defaults |= {"guidance": 1.0, "sample_steps": 10, "last_time": 0.02}
-    modes = {
-        "sample": {"out": "samples", "batch_size": 100},
-        "grid": {"out": "p2_figures", "num": 10},
-    }
-    name = f"{NAME}_{args.report}" if args.report else NAME
-    return defaults | modes.get(args.mode, {}) | {"ckpt": find_ckpt(name, args.mode)}
+    if args.mode == "sample":
+        defaults |= {"out": "samples", "batch_size": 100}
+    if args.mode == "grid":
+        defaults |= {"out": "p2_figures", "num": 10}
+    return defaults
 
 
 def add_options(p):
@@ -982,82 +979,86 @@ def add_options(p):
     positive = number(int, 1)
     zero_up = number(float, 0)
     share = number(float, 0, 1)
+    add(p, "--ckpt", str, None, "", "checkpoint to write or read, its log.csv beside it", metavar="FILE")
+    modes = "train sample grid"
     add(
-        p, "--report", tuple(REPORTS), None, "preset: network, training and sampler of a report (see REPORTS)"
+        p,
+        "--report",
+        tuple(REPORTS),
+        None,
+        modes,
+        "preset: network, training, sampler of a report (see REPORTS)",
     )
-    add(p, "--ckpt", str, None, "checkpoint to write or read, its log.csv beside it", metavar="FILE")
-    add(p, "--input", str, "samples", "eval: folder of images", metavar="DIR")
-    text = "eval, grid: weights in the course's format; None: ours, or trained on --data"
-    add(p, "--classifier", str, None, text, metavar="FILE")
-    add(p, "--num", positive, 100, "images of each digit; grid: of each guidance weight")
+    add(p, "--seed", number(int, 0, 2**32 - 1), 0, modes, "of training and of all noise")
+    text = "auto: bf16 autocast where the hardware is fast at it"
+    add(p, "--precision", ("auto", "bf16", "float32"), "auto", modes, text)
+    add(
+        p, "--data", str, None, "train eval grid", "the course's layout; None: built-in digits", metavar="DIR"
+    )
+    add(p, "--out", str, None, "sample eval grid", "folder for results; eval: a JSON file", metavar="PATH")
+    add(p, "--input", str, "samples", "eval", "folder of images", metavar="DIR")
+    text = "weights in the course's format; None: ours, or trained on --data"
+    add(p, "--classifier", str, None, "eval grid", text, metavar="FILE")
+    add(p, "--batch-size", positive, 64, "train sample", "images per step; sample: images at a time")
 
-    g = p.add_argument_group("training")
+    add(p, "--fast", bool, False, "train", "preset for a CPU and some minutes")
+    add(p, "--resume", bool, False, "train", "go on from --ckpt, or from weights alone")
     add(
-        g, "--steps", positive, 10000, "in all; with --resume more prolong the run, unless the rate ends at 0"
+        p,
+        "--steps",
+        positive,
+        10000,
+        "train",
+        "more with --resume prolong the run, unless the rate ends at 0",
     )
-    add(g, "--epochs", positive, None, "passes over the images, instead of --steps")
-    add(g, "--batch-size", positive, 64, "images per step; sample: images at a time")
-    add(g, "--optimizer", ("adamw", "adam"), "adamw", "AdamW or Adam")
-    add(g, "--lr", zero_up, 1e-3, "peak learning rate")
-    add(g, "--betas", share, [0.9, 0.99], "of the optimiser", nargs=2, metavar="B")
-    add(g, "--weight-decay", zero_up, 0.0, "of the optimiser")
+    add(p, "--epochs", positive, None, "train", "passes over the images, instead of --steps")
+    add(p, "--optimizer", ("adamw", "adam"), "adamw", "train", "AdamW or Adam")
+    add(p, "--lr", zero_up, 1e-3, "train", "peak learning rate")
+    add(p, "--betas", share, [0.9, 0.99], "train", "of the optimiser", nargs=2)
+    add(p, "--weight-decay", zero_up, 0.0, "train", "of the optimiser")
     schedules = ("sqrt", "constant", "linear", "cosine")
-    add(g, "--lr-schedule", schedules, "sqrt", "how the rate falls; linear and cosine end at 0")
-    add(g, "--clip", float, 1.0, "largest norm of the gradient, or inf")
+    add(p, "--lr-schedule", schedules, "sqrt", "train", "how the rate falls; linear and cosine end at 0")
+    add(p, "--clip", zero_up, 1.0, "train", "largest norm of the gradient, or inf")
     text = "longest average of the weights: decay of an exponential one; 1: the last tenth; 0: none"
-    add(g, "--ema", share, 1.0, text)
-    add(g, "--label-dropout", share, 0.1, "share of labels replaced by the null class")
-    add(g, "--gamma", zero_up, 5.0, "min-SNR weighting; 0: none")
-    add(g, "--prediction", ("v", "eps"), "v", "what the network predicts")
-    add(g, "--schedule", ("cosine", "linear"), "cosine", "noise schedule")
-    add(g, "--beta-end", number(float, 1e-4, 0.999), 0.02, "last beta of the linear schedule")
-    add(g, "--T", number(int, 2), 400, "number of diffusion steps")
+    add(p, "--ema", share, 1.0, "train", text)
+    add(p, "--label-dropout", share, 0.1, "train", "share of labels replaced by the null class")
+    add(p, "--gamma", zero_up, 5.0, "train", "min-SNR weighting; 0: none")
+    add(p, "--prediction", ("v", "eps"), "v", "train", "what the network predicts")
+    add(p, "--schedule", ("cosine", "linear"), "cosine", "train", "noise schedule")
+    add(p, "--beta-end", number(float, 1e-4, 0.999), 0.02, "train", "last beta of the linear schedule")
+    add(p, "--T", number(int, 2), 400, "train", "number of diffusion steps")
     text = "diffusion steps of a batch: evenly spread, or each drawn for itself"
-    add(g, "--t-sampling", ("stratified", "uniform"), "stratified", text)
-
-    g = p.add_argument_group("network of train (elsewhere the checkpoint says it)")
-    add(g, "--arch", ("unet", *REPORT_NETWORKS), "unet", "unet, or a report's; context is 2023's")
+    add(p, "--t-sampling", ("stratified", "uniform"), "stratified", "train", text)
+    add(p, "--arch", ("unet", *REPORT_NETWORKS), "unet", "train", "ours, or a report's; context is 2023's")
     text = "unet: width at each resolution, multiples of 32"
-    add(g, "--channels", number(int, 32), [64, 128], text, nargs="+", metavar="C")
-    add(g, "--blocks", positive, 1, "unet: residual blocks per resolution")
-    add(g, "--patch", (1, 2, 4), 2, "unet: pixels folded into channels at the entrance", type=int)
-    add(g, "--dropout", share, 0.0, "unet, 2022b: in the residual blocks")
-    add(g, "--width", number(int, 8), 216, "context: number of features, a multiple of 8")
+    add(p, "--channels", number(int, 32), [64, 128], "train", text, nargs="+")
+    add(p, "--blocks", positive, 1, "train", "unet: residual blocks per resolution")
+    add(p, "--patch", (1, 2, 4), 2, "train", "unet: pixels folded into channels at the entrance", type=int)
+    add(p, "--dropout", share, 0.0, "train", "unet, 2022b: in the residual blocks")
+    add(p, "--width", number(int, 8), 216, "train", "context: number of features, a multiple of 8")
 
-    g = p.add_argument_group("sampling")
-    add(g, "--sampler", SAMPLERS, "dpm++", "DPM-Solver++(2M), DDIM, or DDPM over all T steps")
-    add(g, "--sample-steps", positive, CALLS, "network calls of dpm++ and ddim")
-    add(g, "--eta", share, 0.0, "ddim: 0 deterministic, 1 as noisy as ddpm")
-    add(g, "--guidance", zero_up, GUIDANCE, "w of (1 + w) out(x, y) - w out(x, null); 0: none")
-    text = "the part of the time t / T in which there is guidance"
-    add(g, "--guidance-interval", share, INTERVAL, text, nargs=2, metavar="SHARE")
-    add(g, "--last-time", number(float, 0, 0.9), LAST, "dpm++: the time t / T of its last call")
+    modes = "sample grid"
+    add(p, "--num", positive, 100, modes, "images of each digit; grid: of each guidance weight")
+    add(p, "--sampler", SAMPLERS, "dpm++", modes, "DPM-Solver++(2M), DDIM, or DDPM over all T steps")
+    add(p, "--sample-steps", positive, CALLS, modes, "network calls of dpm++ and ddim")
+    add(p, "--eta", share, 0.0, modes, "ddim: 0 deterministic, 1 as noisy as ddpm")
+    add(p, "--guidance", zero_up, GUIDANCE, modes, "w of (1 + w) out(x, y) - w out(x, null); 0: none")
+    add(p, "--guidance-interval", share, INTERVAL, modes, "part of the time t / T with guidance", nargs=2)
+    add(p, "--last-time", number(float, 0, 0.9), LAST, modes, "dpm++: the time t / T of its last call")
     text = "a checkpoint, trained less or smaller, whose mistakes the sampler avoids (2406.02507)"
-    add(g, "--guide", str, None, text, metavar="FILE")
-    text = "with --guide: 1 is the network alone, more leads further from the guide"
-    add(g, "--autoguidance", zero_up, 1.4, text)
-    text = "grid: after which sampler steps the reverse process is shown; None: six, evenly"
-    add(g, "--states", number(int, 0), None, text, nargs="+", metavar="STEP")
+    add(p, "--guide", str, None, modes, text, metavar="FILE")
+    add(p, "--autoguidance", zero_up, 1.4, modes, "how far from the guide; 1 is the network alone")
+    text = "after which sampler steps the reverse process is shown; None: six, evenly"
+    add(p, "--states", number(int, 0), None, "grid", text, nargs="+")
 
 
-def check_options(args):
-    """Raises ValueError for options that have no use, or contradict each other."""
-    mode = args.mode
-    training = (
-        "steps epochs fast resume optimizer lr betas weight-decay lr-schedule clip ema label-dropout gamma "
-    )
-    training += "prediction schedule beta-end T t-sampling arch channels blocks patch dropout width"
-    sampling = "num sampler sample-steps eta guidance guidance-interval last-time guide autoguidance"
+def parse_args(argv=None):
+    """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
+    p = new_parser()
+    add_options(p)
+    args = parse(p, argv, presets)
+    low, high = args.guidance_interval
     uses = [
-        (mode == "train", "--mode train", training),
-        (mode in ("sample", "grid"), "--mode sample or grid", sampling),
-        (mode in ("train", "sample"), "--mode train or sample", "batch-size"),
-        (mode in ("train", "eval", "grid"), "--mode train, eval or grid", "data"),
-        (mode in ("train", "sample", "grid"), "--mode train, sample or grid", "seed precision report"),
-        (mode in ("eval", "grid"), "--mode eval or grid", "classifier"),
-        (mode == "eval", "--mode eval", "input"),
-        (mode == "grid", "--mode grid", "states"),
-        (mode != "train", "another --mode", "out"),
         (args.sampler == "dpm++", "--sampler dpm++", "last-time"),
         (args.sampler == "ddim", "--sampler ddim", "eta"),
         (args.sampler != "ddpm", "--sampler dpm++ or ddim", "sample-steps"),
@@ -1069,28 +1070,15 @@ def check_options(args):
         (args.arch == "context", "--arch context", "width"),
         (not args.report, "no --report", "arch"),
     ]
-    refuse_unused(args, uses)
-    low, high = args.guidance_interval
     contradictions = [
-        ({"epochs", "steps"} <= args.given, "--epochs and --steps: expected one of them"),
+        ({"--epochs", "--steps"} <= args.given, "--epochs and --steps: expected one of them"),
         (args.arch == "2022a" and args.label_dropout > 0, "--label-dropout: 2022a has no null class; use 0"),
         (any(c % 32 for c in args.channels), f"--channels {args.channels}: expected multiples of 32"),
         (args.width % 8 > 0, f"--width {args.width}: expected a multiple of 8"),
-        (not args.clip > 0, f"--clip {args.clip}: expected a number above 0, or inf"),
         (low > high, f"--guidance-interval {low} {high}: expected the smaller number first"),
     ]
-    for wrong, message in contradictions:
-        if wrong:
-            fail(message)
-
-
-def parse_args(argv=None):
-    """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
-    p = new_parser()
-    add_options(p)
-    args = parse(p, argv, presets)
-    check_options(args)
-    if "epochs" in args.given:
+    refuse(args, uses, contradictions)
+    if "--epochs" in args.given:
         args.steps = None
     return args
 
@@ -1221,7 +1209,7 @@ def load_network(ckpt, path, device="cpu", option="--ckpt"):
     settings = argparse.Namespace(**{**ckpt["args"], "device": torch.device(device)})
     try:
         nets = build(settings)
-    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{option} {path}: its settings describe no network ({e})") from e
     net = nets[0] if isinstance(nets, tuple) else nets
     load_weights(net, ckpt["ema"], path, option)
@@ -1292,12 +1280,12 @@ class Run:
 
     def __iter__(self):
         args = self.args
-        lock = self.lock()
+        lock = self.lock() if args.rank == 0 else None
         handlers = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-                    handlers[number] = signal.signal(number, self.on_signal)
+                    handlers[number] = signal.signal(number, lambda *_: setattr(self, "signalled", True))
         self.say(f"{args.ckpt}: {self.images:,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}")
         bar = progress_bar(args, self.steps, "train", "step", initial=self.step)
         start = time.perf_counter() - self.seconds
@@ -1333,28 +1321,21 @@ class Run:
 
     def lock(self):
         """Refuses a second training on this checkpoint; the lock ends with the process, however it ends."""
-        if self.args.rank > 0:
-            return None
         path = Path(f"{self.args.ckpt}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")  # noqa: SIM115 (a folder that cannot be written shows now, not after hours)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--ckpt {self.args.ckpt}: another training writes it; give another") from None
-        except OSError:  # a file system without locks
-            pass
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"--ckpt {self.args.ckpt}: another training writes it; give another")
         return file
-
-    def on_signal(self, *_):
-        self.signalled = True
 
     def agree_to_stop(self):
         """True after a signal; the processes of torchrun ask one another, and stop together."""
-        if self.args.world == 1:
-            return self.signalled
         flag = torch.tensor(float(self.signalled))
-        dist.all_reduce(flag)
+        if self.args.world > 1:
+            dist.all_reduce(flag)
         return flag.item() > 0
 
     def say(self, text):
@@ -1480,29 +1461,32 @@ def number(kind, low, high=math.inf):
     return convert
 
 
-def add(group, name, kind, default, text, **more):
-    """An option: `kind` is its type, or a tuple of choices."""
-    options = (
-        {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()}
-    )
-    group.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **options | more)
+def add(p, name, kind, default, modes, text, **more):
+    """An option of some --modes, or of all (""): `kind` is its type, a tuple of choices, bool: a switch."""
+    p.modes[name] = modes.split() or list(MODES)
+    title = f"of --mode {modes}" if len(p.modes[name]) == 1 else "of several modes"
+    if title not in p.groups:
+        p.groups[title] = p.add_argument_group(title)
+    how = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
+    if isinstance(kind, tuple):
+        how = {"choices": kind}
+    if kind is bool:
+        how = {"action": "store_true"}
+    else:
+        text += " (default: %(default)s)"
+    p.groups[title].add_argument(name, default=default, help=text, **how | more)
 
 
 def new_parser():
-    """A parser with the options that all four scripts have."""
+    """A parser with the options that all modes have."""
     style = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=30)
     usage = f"python {NAME}.py --mode MODE [--option value ...]"
     p = argparse.ArgumentParser(NAME, usage, __doc__, formatter_class=style, allow_abbrev=False)
     p.error = fail
-    add(p, "--mode", tuple(MODES), "train", "what to do")
-    p.add_argument("--fast", action="store_true", help="train: preset for a CPU and some minutes")
-    p.add_argument("--resume", action="store_true", help="train: go on from --ckpt, or from weights alone")
-    add(p, "--data", str, None, "images in the course's layout; None: built-in ones", metavar="DIR")
-    add(p, "--out", str, None, "where results go: a folder; of eval and predict a file", metavar="PATH")
-    add(p, "--seed", number(int, 0, 2**32 - 1), 0, "of training and of all noise")
-    add(p, "--device", str, "auto", "auto, cpu, cuda or cuda:N", metavar="NAME")
-    precisions = ("auto", "bf16", "float32")
-    add(p, "--precision", precisions, "auto", "auto: bf16 autocast where the hardware is fast at it")
+    p.modes = {}
+    p.groups = {}
+    add(p, "--mode", tuple(MODES), "train", "", "what to do")
+    add(p, "--device", str, "auto", "", "auto, cpu, cuda or cuda:N", metavar="NAME")
     return p
 
 
@@ -1514,7 +1498,10 @@ def parse(p, argv, presets):
         p.set_defaults(**presets(p.parse_known_args(known)[0]))
     args = p.parse_args(argv)
     args.command = shlex.join(["python", f"{NAME}.py", *argv])
-    args.given = {text.split("=")[0].removeprefix("--") for text in argv if text.startswith("--")}
+    args.given = {text.split("=")[0] for text in argv if text.startswith("--")}
+    for name in sorted(args.given & p.modes.keys()):
+        if args.mode not in p.modes[name]:
+            fail(f"{name}: has no use with --mode {args.mode}, only with {', '.join(p.modes[name])}")
     launched = dist.is_torchelastic_launched()  # left-over variables of another launcher do not count
     args.rank = int(os.environ["RANK"]) if launched else 0
     args.world = int(os.environ["WORLD_SIZE"]) if launched else 1
@@ -1525,12 +1512,18 @@ def parse(p, argv, presets):
     return args
 
 
-def refuse_unused(args, uses):
-    """uses: (whether there is a use, where, names of options). Raises ValueError for one without a use."""
-    for used, where, names in uses:
-        unused = sorted(args.given & set(names.split()))
+def refuse(args, uses, contradictions):
+    """Raises ValueError for options without a use, and for contradictions.
+
+    uses: (whether there is one, with what, options). contradictions: (whether there is one, message).
+    """
+    for used, what, names in uses:
+        unused = sorted(args.given & {f"--{name}" for name in names.split()})
         if unused and not used:
-            fail(f"--{unused[0]}: has a use only with {where}; leave it out")
+            fail(f"{unused[0]}: has a use only with {what}; leave it out")
+    for wrong, message in contradictions:
+        if wrong:
+            fail(message)
 
 
 def main(argv=None):

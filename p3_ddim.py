@@ -816,12 +816,7 @@ def check_noise(noise, settings, what):
 
 def presets(args):
     """The defaults of this --mode, --fast, --guide and --sampler that are not those of add_options."""
-    defaults = {"ckpt": find_ckpt(NAME, args.mode)}
-    if args.guide and args.mode != "eta-grid":
-        defaults["sampler"] = "dpm++"
-    if args.sampler == "dpm++":
-        defaults["sample_steps"] = 10
-    modes = {
+    defaults = {
         "train": {"size": 64, "batch_size": 32},
         "sample": {"out": "samples"},
         "eta-grid": {"out": "p3_figures", "eta": [0.0, 0.25, 0.5, 0.75, 1.0]},
@@ -829,93 +824,68 @@ def presets(args):
         "noise": {"out": "noise", "size": 256},
         "invert": {"out": "inverted", "input": None},
         "grid": {"out": "p3_figures"},
-    }
+    }.get(args.mode, {})
+    defaults["ckpt"] = find_ckpt(NAME, args.mode)
     if args.fast:
-        modes["train"] |= {"steps": 1500, "size": 32}
-    return defaults | modes.get(args.mode, {})
+        defaults |= {"steps": 1500, "size": 32}
+    if args.guide and args.mode != "eta-grid":
+        defaults["sampler"] = "dpm++"
+    if args.sampler == "dpm++":
+        defaults["sample_steps"] = 10
+    return defaults
 
 
 def add_options(p):
     """The options of this script, with our defaults."""
     positive = number(int, 1)
-    add(p, "--ckpt", str, None, "checkpoint to write or read, or the course's UNet.pt", metavar="FILE")
-    add(
-        p, "--noise", str, None, "folder of (1, 3, H, W) noises NN.pt; None: drawn from --seed", metavar="DIR"
-    )
-    text = "eval, mse, invert: folder of images; invert without one: eight faces of --data"
-    add(p, "--input", str, "samples", text, metavar="DIR")
-    add(p, "--gt", str, "face/GT", "mse: ground truth with the same file names", metavar="DIR")
-    text = "eval: pytorch-fid's Inception weights; None: downloaded once"
-    add(p, "--inception", str, None, text, metavar="FILE")
-    add(p, "--size", number(int, 8), None, "height and width of the images; None: the network's")
-    add(p, "--num", positive, 1000, "images without --noise; invert: at most so many")
-    text = "images per step; elsewhere at a time, None: as many as have the pixels of one of 256x256"
-    add(p, "--batch-size", positive, None, text)
+    zero_up = number(float, 0)
+    share = number(float, 0, 1)
+    drawing = "sample eta-grid interpolate grid"
+    text = "checkpoint to write or read, its log.csv beside it, or the course's UNet.pt"
+    add(p, "--ckpt", str, None, f"train invert {drawing}", text, metavar="FILE")
+    text = "auto: bf16 autocast where the hardware is fast at it, but not for the course's network"
+    precisions = ("auto", "bf16", "float32")
+    add(p, "--precision", precisions, "auto", f"train invert {drawing}", text)
+    text = "images per step; elsewhere at a time, None: with the pixels of one of 256x256"
+    add(p, "--batch-size", positive, None, f"train invert {drawing}", text)
+    seed = number(int, 0, 2**32 - 1)
+    add(p, "--seed", seed, 0, f"train noise {drawing}", "of training and of all noise")
+    text = "height and width of the images; None: the network's"
+    add(p, "--size", number(int, 8), None, f"train noise invert {drawing}", text)
+    text = "the course's layout; None: built-in faces"
+    add(p, "--data", str, None, "train eval invert", text, metavar="DIR")
+    text = "folder for results; eval, mse: a JSON file"
+    add(p, "--out", str, None, f"noise eval mse invert {drawing}", text, metavar="PATH")
+    text = "folder of images; invert without one: eight faces of --data"
+    add(p, "--input", str, "samples", "eval mse invert", text, metavar="DIR")
+    add(p, "--gt", str, "face/GT", "mse", "ground truth with the same file names", metavar="DIR")
+    text = "pytorch-fid's Inception weights; None: downloaded once"
+    add(p, "--inception", str, None, "eval", text, metavar="FILE")
 
-    g = p.add_argument_group("training")
-    add(g, "--steps", positive, 20000, "steps in all; with --resume a larger number prolongs the run")
-    add(g, "--lr", number(float, 0), 1e-3, "peak learning rate of AdamW")
-    add(g, "--gamma", number(float, 0), 5.0, "min-SNR weighting; 0: none")
-
-    g = p.add_argument_group("network of train (elsewhere the checkpoint says it)")
+    add(p, "--fast", bool, False, "train", "preset for a CPU and some minutes")
+    add(p, "--resume", bool, False, "train", "go on from --ckpt, or from weights alone")
+    add(p, "--steps", positive, 20000, "train", "in all; more with --resume prolong the run")
+    add(p, "--lr", zero_up, 1e-3, "train", "peak learning rate of AdamW")
+    add(p, "--gamma", zero_up, 5.0, "train", "min-SNR weighting; 0: none")
     text = "width at each resolution, multiples of 32"
-    add(g, "--channels", number(int, 32), [32, 64, 128, 256], text, nargs="+", metavar="C")
-    add(g, "--blocks", positive, 1, "residual blocks per resolution")
-    add(g, "--attention", positive, [8], "strides with attention", nargs="*", metavar="S")
-    add(g, "--dropout", number(float, 0, 1), 0.0, "in the residual blocks")
+    add(p, "--channels", number(int, 32), [32, 64, 128, 256], "train", text, nargs="+")
+    add(p, "--blocks", positive, 1, "train", "residual blocks per resolution")
+    add(p, "--attention", positive, [8], "train", "strides with attention", nargs="*")
+    add(p, "--dropout", share, 0.0, "train", "in the residual blocks")
 
-    g = p.add_argument_group("sampling")
-    add(g, "--sampler", SAMPLERS, "ddim", "DDIM, DPM-Solver++(2M), or DDPM over all 1000 steps")
-    add(g, "--sample-steps", number(int, 1, T // 2), 50, "network calls of ddim and dpm++")
-    text = "ddim: 0 deterministic, 1 as noisy as ddpm; eta-grid: its rows"
-    add(g, "--eta", number(float, 0, 1), [0.0], text, nargs="+")
+    text = "folder of (1, 3, H, W) noises NN.pt; None: drawn from --seed"
+    add(p, "--noise", str, None, drawing, text, metavar="DIR")
+    add(p, "--sampler", SAMPLERS, "ddim", drawing, "DDIM, DPM-Solver++(2M), or DDPM over all 1000 steps")
     text = "a checkpoint, trained less or smaller, whose mistakes the sampler avoids (2406.02507)"
-    add(g, "--guide", str, None, text, metavar="FILE")
-    text = "with --guide: 1 is the network alone, more leads further from the guide"
-    add(g, "--autoguidance", number(float, 0), 1.4, text)
-    add(g, "--iterations", positive, 3, "invert: network calls per step; 1: the usual inversion")
-
-
-def check_options(args):
-    """Raises ValueError for options that have no use, or contradict each other."""
-    mode = args.mode
-    drawing = mode in ("sample", "eta-grid", "interpolate", "grid")
-    drawn = "--mode sample, eta-grid, interpolate or grid"
-    training = "steps fast resume lr gamma channels blocks attention dropout"
-    uses = [
-        (mode == "train", "--mode train", training),
-        (drawing, drawn, "noise sampler guide autoguidance"),
-        (mode in ("sample", "eta-grid", "grid"), "--mode sample, eta-grid or grid", "eta"),
-        (drawing or mode == "invert", f"{drawn[:-4]}grid or invert", "sample-steps"),
-        (drawing or mode in ("train", "invert"), "modes that use a network", "ckpt batch-size precision"),
-        (drawing or mode in ("train", "noise"), "modes that draw random numbers", "seed"),
-        (mode in ("train", "eval", "invert"), "--mode train, eval or invert", "data"),
-        (mode in ("eval", "mse", "invert"), "--mode eval, mse or invert", "input"),
-        (mode in ("sample", "invert"), "--mode sample or invert", "num"),
-        (mode == "mse", "--mode mse", "gt"),
-        (mode == "eval", "--mode eval", "inception"),
-        (mode == "invert", "--mode invert", "iterations"),
-        (mode not in ("eval", "mse"), "another --mode", "size"),
-        (mode not in ("mse", "noise"), "another --mode", "device"),
-        (mode != "train", "another --mode", "out"),
-        (args.noise is None, "no --noise", "size num"),
-        (args.sampler != "ddpm", "--sampler ddim or dpm++", "sample-steps"),
-        (args.sampler == "ddim", "--sampler ddim", "eta"),
-        (args.guide, "--guide", "autoguidance"),
-    ]
-    refuse_unused(args, uses)
-    if any(c % 32 for c in args.channels):
-        fail(f"--channels {args.channels}: expected multiples of 32")
-    if mode == "train":
-        check_size([args.size], args, "--size")
-    if mode == "noise" and args.size % 8:
-        fail(f"--size {args.size}: expected a multiple of 8, so that a network can halve it")
-    if mode == "eta-grid" and args.sampler != "ddim":
-        fail(f"--sampler {args.sampler}: eta is DDIM's")
-    if len(args.eta) > 1 and mode != "eta-grid":
-        fail(f"--eta {args.eta}: --mode {mode} takes one; only eta-grid shows several")
-    if args.sampler == "ddim":
-        ddim_times(args.sample_steps)
+    add(p, "--guide", str, None, drawing, text, metavar="FILE")
+    add(p, "--autoguidance", zero_up, 1.4, drawing, "how far from the guide; 1 is the network alone")
+    text = "network calls of ddim and dpm++"
+    add(p, "--sample-steps", number(int, 1, T // 2), 50, f"invert {drawing}", text)
+    text = "ddim: 0 deterministic, 1 as noisy as ddpm; eta-grid: its rows"
+    add(p, "--eta", share, [0.0], "sample eta-grid grid", text, nargs="+")
+    add(p, "--num", positive, 1000, "sample invert", "images without --noise; invert: at most so many")
+    text = "network calls per step; 1: the usual inversion"
+    add(p, "--iterations", positive, 3, "invert", text)
 
 
 def parse_args(argv=None):
@@ -923,7 +893,23 @@ def parse_args(argv=None):
     p = new_parser()
     add_options(p)
     args = parse(p, argv, presets)
-    check_options(args)
+    uses = [
+        (args.noise is None, "no --noise", "size num"),
+        (args.sampler != "ddpm", "--sampler ddim or dpm++", "sample-steps"),
+        (args.sampler == "ddim", "--sampler ddim", "eta"),
+        (args.guide, "--guide", "autoguidance"),
+    ]
+    grid_alone = args.mode == "eta-grid"
+    contradictions = [
+        (any(c % 32 for c in args.channels), f"--channels {args.channels}: expected multiples of 32"),
+        (grid_alone and args.sampler != "ddim", f"--sampler {args.sampler}: eta is DDIM's"),
+        (len(args.eta) > 1 and not grid_alone, f"--eta {args.eta}: only --mode eta-grid shows several"),
+    ]
+    refuse(args, uses, contradictions)
+    if args.mode == "train":
+        check_size([args.size], args, "--size")
+    if args.sampler == "ddim":
+        ddim_times(args.sample_steps)
     return args
 
 
@@ -1054,7 +1040,7 @@ def load_network(ckpt, path, device="cpu", option="--ckpt"):
     settings = argparse.Namespace(**{**ckpt["args"], "device": torch.device(device)})
     try:
         nets = build(settings)
-    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{option} {path}: its settings describe no network ({e})") from e
     net = nets[0] if isinstance(nets, tuple) else nets
     load_weights(net, ckpt["ema"], path, option)
@@ -1125,12 +1111,12 @@ class Run:
 
     def __iter__(self):
         args = self.args
-        lock = self.lock()
+        lock = self.lock() if args.rank == 0 else None
         handlers = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-                    handlers[number] = signal.signal(number, self.on_signal)
+                    handlers[number] = signal.signal(number, lambda *_: setattr(self, "signalled", True))
         self.say(f"{args.ckpt}: {self.images:,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}")
         bar = progress_bar(args, self.steps, "train", "step", initial=self.step)
         start = time.perf_counter() - self.seconds
@@ -1166,28 +1152,21 @@ class Run:
 
     def lock(self):
         """Refuses a second training on this checkpoint; the lock ends with the process, however it ends."""
-        if self.args.rank > 0:
-            return None
         path = Path(f"{self.args.ckpt}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")  # noqa: SIM115 (a folder that cannot be written shows now, not after hours)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--ckpt {self.args.ckpt}: another training writes it; give another") from None
-        except OSError:  # a file system without locks
-            pass
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"--ckpt {self.args.ckpt}: another training writes it; give another")
         return file
-
-    def on_signal(self, *_):
-        self.signalled = True
 
     def agree_to_stop(self):
         """True after a signal; the processes of torchrun ask one another, and stop together."""
-        if self.args.world == 1:
-            return self.signalled
         flag = torch.tensor(float(self.signalled))
-        dist.all_reduce(flag)
+        if self.args.world > 1:
+            dist.all_reduce(flag)
         return flag.item() > 0
 
     def say(self, text):
@@ -1313,29 +1292,32 @@ def number(kind, low, high=math.inf):
     return convert
 
 
-def add(group, name, kind, default, text, **more):
-    """An option: `kind` is its type, or a tuple of choices."""
-    options = (
-        {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()}
-    )
-    group.add_argument(name, default=default, help=f"{text} (default: %(default)s)", **options | more)
+def add(p, name, kind, default, modes, text, **more):
+    """An option of some --modes, or of all (""): `kind` is its type, a tuple of choices, bool: a switch."""
+    p.modes[name] = modes.split() or list(MODES)
+    title = f"of --mode {modes}" if len(p.modes[name]) == 1 else "of several modes"
+    if title not in p.groups:
+        p.groups[title] = p.add_argument_group(title)
+    how = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
+    if isinstance(kind, tuple):
+        how = {"choices": kind}
+    if kind is bool:
+        how = {"action": "store_true"}
+    else:
+        text += " (default: %(default)s)"
+    p.groups[title].add_argument(name, default=default, help=text, **how | more)
 
 
 def new_parser():
-    """A parser with the options that all four scripts have."""
+    """A parser with the options that all modes have."""
     style = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=30)
     usage = f"python {NAME}.py --mode MODE [--option value ...]"
     p = argparse.ArgumentParser(NAME, usage, __doc__, formatter_class=style, allow_abbrev=False)
     p.error = fail
-    add(p, "--mode", tuple(MODES), "train", "what to do")
-    p.add_argument("--fast", action="store_true", help="train: preset for a CPU and some minutes")
-    p.add_argument("--resume", action="store_true", help="train: go on from --ckpt, or from weights alone")
-    add(p, "--data", str, None, "images in the course's layout; None: built-in ones", metavar="DIR")
-    add(p, "--out", str, None, "where results go: a folder; of eval and predict a file", metavar="PATH")
-    add(p, "--seed", number(int, 0, 2**32 - 1), 0, "of training and of all noise")
-    add(p, "--device", str, "auto", "auto, cpu, cuda or cuda:N", metavar="NAME")
-    precisions = ("auto", "bf16", "float32")
-    add(p, "--precision", precisions, "auto", "auto: bf16 autocast where the hardware is fast at it")
+    p.modes = {}
+    p.groups = {}
+    add(p, "--mode", tuple(MODES), "train", "", "what to do")
+    add(p, "--device", str, "auto", "", "auto, cpu, cuda or cuda:N", metavar="NAME")
     return p
 
 
@@ -1347,7 +1329,10 @@ def parse(p, argv, presets):
         p.set_defaults(**presets(p.parse_known_args(known)[0]))
     args = p.parse_args(argv)
     args.command = shlex.join(["python", f"{NAME}.py", *argv])
-    args.given = {text.split("=")[0].removeprefix("--") for text in argv if text.startswith("--")}
+    args.given = {text.split("=")[0] for text in argv if text.startswith("--")}
+    for name in sorted(args.given & p.modes.keys()):
+        if args.mode not in p.modes[name]:
+            fail(f"{name}: has no use with --mode {args.mode}, only with {', '.join(p.modes[name])}")
     launched = dist.is_torchelastic_launched()  # left-over variables of another launcher do not count
     args.rank = int(os.environ["RANK"]) if launched else 0
     args.world = int(os.environ["WORLD_SIZE"]) if launched else 1
@@ -1358,12 +1343,18 @@ def parse(p, argv, presets):
     return args
 
 
-def refuse_unused(args, uses):
-    """uses: (whether there is a use, where, names of options). Raises ValueError for one without a use."""
-    for used, where, names in uses:
-        unused = sorted(args.given & set(names.split()))
+def refuse(args, uses, contradictions):
+    """Raises ValueError for options without a use, and for contradictions.
+
+    uses: (whether there is one, with what, options). contradictions: (whether there is one, message).
+    """
+    for used, what, names in uses:
+        unused = sorted(args.given & {f"--{name}" for name in names.split()})
         if unused and not used:
-            fail(f"--{unused[0]}: has a use only with {where}; leave it out")
+            fail(f"{unused[0]}: has a use only with {what}; leave it out")
+    for wrong, message in contradictions:
+        if wrong:
+            fail(message)
 
 
 def main(argv=None):

@@ -20,6 +20,9 @@ training images); 6 minutes a network on one core of an AMD EPYC.
 import argparse
 import contextlib
 import csv
+import fcntl
+import functools
+import hashlib
 import io
 import itertools
 import json
@@ -32,6 +35,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 SIZE = 28
 DIGITS = 10
@@ -324,16 +329,17 @@ def teaching(ema):
 
 
 def learning_rate(args, step, steps):
-    """The rate at a step. Ours rises over the first 100 steps, and dann-mt's then falls to 0.
+    """The rate at a step. Ours rises over the first 100 steps.
 
-    args.decay: paper (1505.07818, section 5.2.2), none, or thirds: a tenth from 1/3, a hundredth from 2/3.
+    args.decay: paper (1505.07818, section 5.2.2), none, linear to 0 (dann-mt), or thirds: a tenth from 1/3,
+    a hundredth from 2/3.
     """
     p = (step - 1) / steps
     if args.decay == "none":
         factor = 1.0
     elif args.decay == "thirds":
         factor = 0.1 ** int(3 * p)
-    elif args.training == "dann-mt":
+    elif args.decay == "linear":
         factor = 1 - p
     else:
         factor = (1 + 10 * p) ** -0.75
@@ -353,18 +359,24 @@ def make_optimizer(args, model):
 def train(args, images, labels, target=None):
     """Trains for args.steps or args.epochs, writes args.ckpt, returns the EMA network in eval mode.
 
-    args: parse_args([...]). images: uint8 (N, 3, 28, 28). labels: whole numbers (N,) in 0..9.
+    args: parse_args([...]). images: uint8 (N, 3, 28, 28). labels: int64 (N,) in 0..9.
     target: unlabelled images like `images`; None for the methods source, source-aug and target.
     Raises ValueError, FloatingPointError (loss not finite), KeyboardInterrupt (after Ctrl-C; saved).
     """
-    images, labels, target = training_tensors(args, images, labels, target)
+    check_training_set(args, images, labels, target)
     torch.manual_seed(args.seed)
     model = build(args)
     ema = build(args)
     ema.load_state_dict(model.state_dict())
     teaching(ema)
     optim = make_optimizer(args, model)
-    run = Run(args, images, target, model=model, ema=ema, optim=optim)
+    settings = settings_of(args, images)
+    steps = settings["steps"]
+    data = (images, labels) if target is None else (images, labels, target)
+    run = Run(args, steps, settings, data, dict(model=model, ema=ema, optim=optim))
+    images = images.to(args.device)
+    labels = labels.to(args.device)
+    target = None if target is None else target.to(args.device)
     step_losses = report_losses if args.report else losses
     for step in run:
         i = torch.randint(len(images), (args.batch_size,), device=args.device)
@@ -374,8 +386,8 @@ def train(args, images, labels, target=None):
             j = torch.randint(len(target), (args.batch_size,), device=args.device)
             u = target[j].float() / 127.5 - 1
 
-        optim.param_groups[0]["lr"] = learning_rate(args, step, run.steps)
-        p = (step - 1) / run.steps
+        optim.param_groups[0]["lr"] = learning_rate(args, step, steps)
+        p = (step - 1) / steps
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             class_loss, adaptation, sure = step_losses(args, model, ema, x, labels[i], u, p)
         optim.zero_grad()
@@ -397,11 +409,10 @@ def train(args, images, labels, target=None):
 def predict(models, images):
     """The vote of networks in eval mode, or of one: uint8 (N, 3, 28, 28) -> digits (N,) on the CPU.
 
-    images may be a list, an array or a tensor; ValueError for another form.
+    Raises ValueError for images of another form.
     Between digits with equally many votes the higher mean probability decides.
     """
     models = [models] if isinstance(models, nn.Module) else models
-    images = as_tensor("images", images)
     check_images("images", images)
     device = next(models[0].parameters()).device
     digits = []
@@ -415,6 +426,27 @@ def predict(models, images):
 
 
 # ---------------- evaluate and plots ----------------
+
+
+def load_model(path, device="cpu", option="--ckpt"):
+    """(EMA network in eval mode, its settings) of a checkpoint, or of weights in .weights/.
+
+    Raises ValueError or OSError, naming the `option` of the command line, for other files.
+    """
+    return load_network(load_checkpoint(path, option), path, device, option)
+
+
+def write_csv(path, rows):
+    """Writes a CSV file, whole or not at all."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def check_folder(folder):
+    """Makes the folder; raises OSError where no file can be written into it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def read_folder(folder):
@@ -461,7 +493,7 @@ def write_predictions(args):
     for path in args.ckpts:
         model, settings = load_model(path, args.device)
         models.append(model)
-        print(f"{path}: {describe(settings)}")
+        print(f"weights: {path}, {settings.trained}: {describe(settings)}")
         if args.target is not None and settings.unlabelled not in (None, args.target):
             message = f"{path} was adapted to {settings.unlabelled}, the images are of {args.target}"
             print(f"warning: {message}", file=sys.stderr)
@@ -536,14 +568,21 @@ def table(args):
     validation = {domain: load_digits(args.data, domain, "val") for domain in targets}
     for run in runs:  # a damaged or foreign checkpoint shows now, not after hours of training
         if Path(run.ckpt).exists():
-            images, _, unlabelled = training_set(run, data)
-            matching_checkpoint(run.ckpt, settings_of(run, images, unlabelled))
             load_model(run.ckpt)
+            found = load_checkpoint(run.ckpt)["args"]
+            wanted = settings_of(run, data[run.labelled][0])
+            differ = [
+                f"{key} {found.get(key)}, not {wanted[key]}"
+                for key in wanted
+                if found.get(key) != wanted[key]
+            ]
+            if differ:
+                raise ValueError(f"--ckpt {run.ckpt}: has other settings: {', '.join(differ)}")
 
     cells = {method: {scenario: [] for scenario in args.scenarios} for method in args.methods}
     for run in runs:
         exists = Path(run.ckpt).exists()
-        if not exists or load_checkpoint(run.ckpt)["step"] < steps_of(run, data[run.labelled][0]):
+        if not exists or "rng" in load_checkpoint(run.ckpt):  # a finished training does nothing more
             train(replace(run, resume=exists), *training_set(run, data))
         model, _ = load_model(run.ckpt, run.device)
         share = accuracy(model, *validation[run.target])
@@ -622,6 +661,7 @@ def tsne(args):
 
     import_matplotlib()  # if it is missing, this shows before the work
     model, settings = load_model(args.ckpt, args.device)
+    print(f"weights: {args.ckpt}, {settings.trained}: {describe(settings)}")
     source, target = drawn_domains(args, settings)
     check_folder(args.out)
     sets = [load_digits(args.data, domain, "val") for domain in (source, target)]
@@ -756,36 +796,9 @@ def of_direction(args, scenario):
 
 # ---------------- command line ----------------
 
-
-def as_tensor(name, values):
-    """A list, an array or a tensor as a tensor; ValueError for anything else."""
-    try:
-        return torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as e:
-        found = type(values).__name__
-        raise ValueError(f"{name}: found {found}, expected a list, an array or a tensor of numbers") from e
-
-
-def training_tensors(args, images, labels, target):
-    """(images, labels, target) as tensors on args.device; labels may be whole numbers of any type.
-
-    Raises ValueError where the form is another, or `target` does not fit the method.
-    """
-    images = as_tensor("images", images)
-    labels = as_tensor("labels", labels)
-    if labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
-        labels = labels.long()
-    if target is not None:
-        target = as_tensor("target", target)
-    check_training_set(args, images, labels, target)
-    if target is not None:
-        target = target.to(args.device)
-    return images.to(args.device), labels.to(args.device), target
-
-
-# ---------------- service: files, checkpoints, command line ----------------
-
 NAME = "p4_dann"
+ADVICE = f"make one with: python {NAME}.py --mode train --data DIR, and the same method, domains, report"
+SHARED = ()  # it runs in one process
 METHODS = {
     "source": "Trained on source",
     "dann": "Adaptation (DANN)",
@@ -796,17 +809,35 @@ METHODS = {
 ARCHS = ("deep", "small", "paper", "dann", "large", *TINY)
 SOURCE = {"mnistm": "svhn", "svhn": "mnistm", "usps": "mnistm"}  # the course's source of each target
 SCENARIOS = ["mnistm-svhn", "mnistm-usps", "usps-mnistm", "svhn-mnistm", "usps-svhn"]
-# settings that a checkpoint keeps; --resume refuses others
+# settings that a checkpoint keeps: --resume refuses others
 NETWORK = ("arch", "report", "dropout2d", "training", "labelled", "unlabelled")
-TRAINING = ("batch_size", "optimizer", "lr", "betas", "weight_decay", "decay", "clip", "domain_weight")
-TRAINING += ("seed",)
+TRAINING = (
+    "batch_size",
+    "optimizer",
+    "lr",
+    "betas",
+    "weight_decay",
+    "decay",
+    "clip",
+    "domain_weight",
+    "seed",
+)
+
+
+def settings_of(args, images):
+    """What a checkpoint keeps of a training; `steps` too, for lambda and the rate depend on it."""
+    steps = args.steps or args.epochs * math.ceil(len(images) / args.batch_size)
+    return {name: getattr(args, name) for name in NETWORK + TRAINING} | {"steps": steps}
 
 
 def check_images(name, images):
     """Raises ValueError unless images are uint8 (N, 3, 28, 28), N > 0."""
-    if images.dtype != torch.uint8 or images.shape[1:] != (3, SIZE, SIZE) or len(images) == 0:
+    found = type(images).__name__
+    if isinstance(images, torch.Tensor):
+        if images.dtype == torch.uint8 and images.shape[1:] == (3, SIZE, SIZE) and len(images) > 0:
+            return
         found = f"{images.dtype} {tuple(images.shape)}"
-        raise ValueError(f"{name}: found {found}, expected uint8 (N, 3, {SIZE}, {SIZE})")
+    raise ValueError(f"{name}: found {found}, expected a tensor uint8 (N, 3, {SIZE}, {SIZE})")
 
 
 def check_training_set(args, images, labels, target):
@@ -824,492 +855,6 @@ def check_training_set(args, images, labels, target):
         check_images("target", target)
 
 
-def write_whole(path, write):
-    """Writes a file whole or not at all: write(file) fills a temporary file, which is then renamed."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path}: is a folder or a device; expected the name of a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise OSError(f"{path}: cannot be written ({reason})") from e
-
-
-def write_text(path, text):
-    """Writes a text file, whole or not at all."""
-    write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
-
-
-def write_csv(path, rows):
-    """Writes a CSV file, whole or not at all."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def check_folder(folder):
-    """Makes the folder; raises OSError where no file can be written into it."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as e:
-        raise OSError(f"{folder}: cannot be written into ({e.strerror})") from e
-
-
-def log_path(ckpt):
-    """model.log.csv for model.pt; for any other name that name with .log.csv."""
-    return Path(f"{str(ckpt).removesuffix('.pt')}.log.csv")
-
-
-def load_checkpoint(path):
-    """The dict of a checkpoint of this script, read without running code from it."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--ckpt {path}: no such file; {NAME}.py --mode train makes one")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch.load raises many types for damaged or hostile files
-        raise ValueError(f"--ckpt {path}: not a readable checkpoint ({type(e).__name__})") from e
-    found = ckpt.get("script", list(ckpt)[:3]) if isinstance(ckpt, dict) else type(ckpt).__name__
-    known = found == NAME and isinstance(ckpt.get("args"), dict) and isinstance(ckpt.get("ema"), dict)
-    if known:  # files from before these were options
-        ckpt["args"].setdefault("report", None)
-        ckpt["args"].setdefault("dropout2d", True)
-    if not known or set(NETWORK) - ckpt["args"].keys():
-        raise ValueError(f"--ckpt {path}: found {found}, expected a checkpoint of this {NAME}.py")
-    return ckpt
-
-
-def load_weights(net, state, path):
-    """Fills `net` from a state dict; names of DistributedDataParallel and torch.compile are understood.
-
-    Raises ValueError where names or shapes differ, or a weight is sparse or not finite.
-    """
-    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value for name, value in state.items()}
-    found = {name: tuple(getattr(value, "shape", [])) for name, value in weights.items()}
-    wanted = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-    differ = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
-    if differ:
-        first = f"{differ[0]} is {found.get(differ[0])}, expected {wanted.get(differ[0])}"
-        raise ValueError(f"--ckpt {path}: {len(differ)} weights are not this network's; {first}")
-    sparse = [name for name, value in weights.items() if value.layout != torch.strided]
-    broken = sparse or [name for name, value in weights.items() if not torch.isfinite(value).all()]
-    if broken:
-        message = f"{len(broken)} weights are sparse or not finite, for instance {broken[0]}"
-        raise ValueError(f"--ckpt {path}: {message}")
-    net.load_state_dict(weights)
-
-
-def load_model(path, device="cpu"):
-    """(EMA network in eval mode, its settings) of a checkpoint, or of weights in .weights/.
-
-    Raises ValueError or OSError where the file is none of this script's.
-    """
-    ckpt = load_checkpoint(path)
-    settings = argparse.Namespace(**{**ckpt["args"], "device": torch.device(device)})
-    model = build(settings)
-    load_weights(model, ckpt["ema"], path)
-    return model.eval(), settings
-
-
-def steps_of(args, images):
-    """The number of steps of a training on these images."""
-    return args.steps or args.epochs * math.ceil(len(images) / args.batch_size)
-
-
-def settings_of(args, images, target):
-    """What a checkpoint keeps of a training: its settings, and for each data set the size and the sum."""
-    settings = {key: getattr(args, key) for key in NETWORK + TRAINING}
-    settings["steps"] = steps_of(args, images)
-    sets = [images]
-    if target is not None:
-        sets.append(target)
-    settings["images"] = [[len(part), part.sum().item()] for part in sets]
-    return settings
-
-
-def matching_checkpoint(path, settings):
-    """The checkpoint, if its training had the same settings and images; else ValueError."""
-    ckpt = load_checkpoint(path)
-    if "optim" not in ckpt:
-        raise ValueError(f"--ckpt {path}: holds an averaged network alone; give another --ckpt")
-    old = ckpt["args"]
-    differ = [
-        f"{key} {new} (checkpoint: {old.get(key)})" for key, new in settings.items() if new != old.get(key)
-    ]
-    if differ:
-        reason = ""
-        if settings["steps"] != old.get("steps"):
-            reason = "; no run is prolonged, because lambda and the learning rate depend on its length"
-        raise ValueError(f"--ckpt {path} has other settings: {', '.join(differ)}{reason}")
-    if not all(isinstance(row, dict) for row in ckpt["log"]):
-        raise ValueError(f"--ckpt {path}: of an earlier {NAME}.py; it predicts, but training cannot go on")
-    return ckpt
-
-
-def progress_bar(total, what, unit, initial=0):
-    """A tqdm bar, which also heeds TQDM_DISABLE; in a file it writes a line a minute."""
-    try:
-        from tqdm import tqdm
-    except ImportError:  # the file copied alone runs without progress bars
-        nothing = lambda *_, **__: None
-        return argparse.Namespace(update=nothing, set_postfix=nothing, close=nothing)
-    interval = 1 if sys.stderr.isatty() else 60
-    return tqdm(total=total, desc=what, unit=unit, initial=initial, mininterval=interval)
-
-
-class Run:
-    """What surrounds a training loop: --resume, progress bar, log, checkpoints, Ctrl-C.
-
-    `for step in run` counts from 1, or from where the checkpoint stopped, to the last.
-    parts: the networks and the optimiser, all that a checkpoint holds of them.
-    """
-
-    def __init__(self, args, images, target, **parts):
-        self.args = args
-        self.parts = parts
-        self.settings = settings_of(args, images, target)
-        self.steps = self.settings["steps"]
-        self.step = 0
-        self.seconds = 0.0
-        self.log = []
-        self.totals = {}
-        self.count = 0
-        self.stopped = False
-        if args.resume:
-            self.resume()
-        elif Path(args.ckpt).exists():
-            raise ValueError(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
-        else:  # a folder that cannot be written shows now, not after hours
-            write_whole(args.ckpt, lambda file: None)
-            os.remove(args.ckpt)
-
-    def __iter__(self):
-        args = self.args
-        handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            for name in (signal.SIGINT, signal.SIGTERM):
-                handlers[name] = signal.signal(name, self.stop)
-        sizes = " and ".join(f"{n:,}" for n, _ in self.settings["images"])
-        precision = "bf16" if args.bf16 else "float32"
-        print(f"{describe(args)}: {sizes} images, {args.device}, {precision}", flush=True)
-        self.bar = progress_bar(self.steps, "train", "step", initial=self.step)
-        every = min(100, max(10, self.steps // 20))  # steps between rows of the log
-        start = time.perf_counter() - self.seconds
-        saved = self.row_seconds = self.seconds
-        try:
-            while self.step < self.steps:
-                self.step += 1
-                yield self.step
-                self.seconds = time.perf_counter() - start
-                self.bar.update()
-                due = self.seconds - saved > 120
-                if due or self.step % every == 0:
-                    self.add_row()
-                if due:
-                    saved = self.seconds
-                    self.save(again=True)
-                if self.stopped:  # after a step: there is something to save
-                    break
-            self.add_row()
-            self.save()
-        finally:
-            self.bar.close()
-            for name, handler in handlers.items():
-                signal.signal(name, handler)
-        print(f"{args.ckpt}: step {self.step}, {self.seconds:.0f} s of training", flush=True)
-        if self.step < self.steps:
-            raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
-
-    def stop(self, *_):
-        self.stopped = True
-
-    def record(self, **values):
-        """Adds a step's losses (tensors) to the means of the log's next row, without waiting for a GPU."""
-        self.count += 1
-        for name, value in values.items():
-            self.totals[name] = self.totals.get(name, 0) + value.detach()
-
-    def add_row(self):
-        """Appends the means since the last row to the log; raises FloatingPointError for nan and inf."""
-        if self.count == 0:
-            return
-        means = {name: round(total.item() / self.count, 5) for name, total in self.totals.items()}
-        if not all(map(math.isfinite, means.values())):
-            advice = f"{self.args.ckpt} keeps the last good state, if any; try a lower --lr"
-            raise FloatingPointError(f"{means} at step {self.step}; {advice}")
-        rate = self.count * self.args.batch_size / max(self.seconds - self.row_seconds, 1e-9)
-        speed = {"images_per_s": round(rate, 1), "seconds": round(self.seconds, 1)}
-        self.log.append({"step": self.step, **means, **speed})
-        self.bar.set_postfix(means, images_per_s=f"{rate:.0f}")
-        self.row_seconds = self.seconds
-        self.totals = {}
-        self.count = 0
-
-    def save(self, again=False):
-        """Writes the checkpoint, then its log. again: there is another try later, so failing is a warning."""
-        args = self.args
-        rng = {"cpu": torch.get_rng_state()}
-        if args.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(args.device)
-        state = {"script": NAME, "args": self.settings, "step": self.step, "command": args.command}
-        state.update(seconds=self.seconds, log=self.log, rng=rng)
-        state.update({name: part.state_dict() for name, part in self.parts.items()})
-        rows = [list(self.log[0]), *(row.values() for row in self.log)]
-        try:
-            write_whole(args.ckpt, lambda file: torch.save(state, file))
-            write_csv(log_path(args.ckpt), rows)
-        except OSError as e:
-            if not again:
-                raise
-            print(f"warning: {e}; training goes on", file=sys.stderr)
-
-    def resume(self):
-        """Loads args.ckpt into the parts; raises ValueError where settings or images differ."""
-        ckpt = matching_checkpoint(self.args.ckpt, self.settings)
-        for name, part in self.parts.items():
-            if isinstance(part, nn.Module):
-                load_weights(part, ckpt[name], self.args.ckpt)
-            else:
-                part.load_state_dict(ckpt[name])
-        self.step = ckpt["step"]
-        self.seconds = ckpt["seconds"]
-        self.log = ckpt["log"]
-        torch.set_rng_state(ckpt["rng"]["cpu"])
-        if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
-            torch.cuda.set_rng_state(ckpt["rng"]["cuda"], self.args.device)
-
-
-def export(args):
-    """Writes the averaged network of --ckpt into the folder --out, without the state of training.
-
-    Its parameters are float16; settings, training command and --note stand beside them.
-    """
-    ckpt = load_checkpoint(args.ckpt)
-    model, _ = load_model(args.ckpt)
-    half = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
-    state = {key: ckpt[key] for key in ("script", "args", "step", "seconds", "command")}
-    state.update(note=args.note, ema={**model.state_dict(), **half})
-    path = Path(args.out) / Path(args.ckpt).name
-    if path.exists() and path.samefile(args.ckpt):
-        raise ValueError(f"--out {args.out}: holds --ckpt {args.ckpt} itself; give another folder")
-    write_whole(path, lambda file: torch.save(state, file))
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-
-
-def find_ckpt(name, mode):
-    """checkpoints/NAME.pt for training or where it is, else the weights that come with this script."""
-    here = Path("checkpoints") / f"{name}.pt"
-    script = Path(__file__).resolve().parent
-    for path in (here, script / ".weights" / here.name, script / here.name):
-        if mode == "train" or path.is_file():
-            return str(path)
-    return str(here)
-
-
-def choose_device(name):
-    """auto, cpu, cuda or cuda:N -> a torch.device that works here."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name}: not available here ({str(e).splitlines()[0]})") from e
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: not supported, expected cpu or cuda")
-    return device
-
-
-def bf16_is_fast(device):
-    """True where bfloat16 is known to be fast: CUDA capability 8 and later, CPUs with AMX or AVX512-BF16."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
-
-
-def fail(message):
-    """What argparse calls for wrong usage: an importer gets an exception, never SystemExit."""
-    raise ValueError(message)
-
-
-def number(kind, low, high=math.inf):
-    """argparse type: a number of `kind` in [low, high]."""
-
-    def convert(text):
-        value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high):
-            expected = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
-
-
-def add(group, name, default, text, shown="%(default)s", **options):
-    """An option whose help ends with its default."""
-    group.add_argument(name, default=default, help=f"{text} (default: {shown})", **options)
-
-
-def add_options(p):
-    """All options but --mode, --fast and --report."""
-    positive = number(int, 1)
-    seed = number(int, 0, 2**32 - 1)
-    own = "checkpoints/p4_METHOD_SOURCE_TARGET_ARCH_SEED.pt, else .weights/ beside the script; "
-    own += "source, target: p4_source_DOMAIN_..., source-aug: p4_source-aug_DOMAIN_...; table: checkpoints"
-    text = "train on the source alone, without or with augmentation (source, source-aug); "
-    text += "adapt (dann, dann-mt); train on the target's labels (target)"
-    add(p, "--method", "dann-mt", text, choices=tuple(METHODS))
-    add(p, "--source", None, "labelled domain", "svhn for target mnistm, else mnistm", choices=DOMAINS)
-    text = (
-        "usps, svhn for source usps; predict: the last part of --input's path that names one; tsne: of --ckpt"
-    )
-    add(p, "--target", None, "domain to adapt to", text, choices=DOMAINS)
-    add(p, "--data", None, "the course's layout or a torchvision root", "built-in digits", metavar="DIR")
-    add(p, "--input", None, "predict: folder of images; eval: CSV", "eval: pred.csv", metavar="PATH")
-    add(p, "--gt", None, "eval: CSV of true labels", "none", metavar="FILE")
-    outs = "predict: pred.csv, table: table, tsne: p4_figures"
-    add(p, "--out", None, "where results go: a CSV file; table, tsne: a folder", outs, metavar="PATH")
-    text = "checkpoint to write or read, its log.csv beside it; predict: several vote; table: their folder"
-    add(p, "--ckpt", None, text, own, metavar="FILE", nargs="+", dest="ckpts")
-    add(p, "--note", "", "export: what the file says of itself, such as its figures", "none", metavar="TEXT")
-    add(p, "--seed", 0, "random seed of training and of tsne", type=seed)
-    add(p, "--device", "auto", "auto, cpu, cuda or cuda:N")
-    precisions = ("auto", "bf16", "float32")
-    text = "of training; auto: bf16 autocast where the hardware is fast at it"
-    add(p, "--precision", "auto", text, choices=precisions)
-
-    g = p.add_argument_group("training")
-    text = "steps in all; --resume refuses another number, because the schedules depend on it"
-    add(g, "--steps", 2000, text, type=positive)
-    add(g, "--epochs", None, "passes over the labelled images, instead of --steps", "none", type=positive)
-    g.add_argument("--resume", action="store_true", help="go on from --ckpt, exactly if --precision is equal")
-    add(g, "--batch-size", 64, "images per step, of each domain", type=number(int, 2))
-    add(g, "--optimizer", "adamw", "AdamW, Adam or RAdam", choices=("adamw", "adam", "radam"))
-    add(g, "--lr", 1e-3, "initial learning rate", type=number(float, 0))
-    add(g, "--betas", [0.9, 0.99], "of the optimiser", type=number(float, 0, 0.9999), nargs=2, metavar="B")
-    add(g, "--weight-decay", 1e-4, "of the optimiser", type=number(float, 0))
-    text = "of the learning rate: paper, but linear to 0 for dann-mt; none; a tenth at 1/3 and at 2/3"
-    add(g, "--decay", "paper", text, choices=("paper", "none", "thirds"))
-    add(g, "--clip", 10.0, "largest norm of the gradient, or inf", type=float)
-    add(g, "--domain-weight", 1.0, "reports: weight of the domain loss", type=number(float, 0))
-
-    g = p.add_argument_group("network of train and table (elsewhere the checkpoint says it)")
-    text = "deep is ours, small 2022b's, paper 2023's, dann the paper's, large and tiny 2021's"
-    add(g, "--arch", "deep", text, choices=ARCHS)
-    text = "tiny: without Dropout2d, which 2021 found important"
-    g.add_argument("--no-dropout2d", dest="dropout2d", action="store_false", help=text)
-
-    g = p.add_argument_group("table, tsne")
-    rows = tuple(METHODS)
-    pairs = [f"{source}-{target}" for source, target in itertools.permutations(DOMAINS, 2)]
-    add(g, "--methods", rows, "table: rows", " ".join(rows), choices=rows, nargs="+", metavar="METHOD")
-    columns = " ".join(SCENARIOS)
-    pair = "SOURCE-TARGET"
-    add(g, "--scenarios", SCENARIOS, "table: columns", columns, choices=pairs, nargs="+", metavar=pair)
-    add(g, "--seeds", [0, 1, 2], "table: seeds", "0 1 2", type=seed, nargs="+", metavar="SEED")
-    add(g, "--num", 1000, "tsne: images of each domain", type=number(int, 10))
-
-
-# what a mode changes in the defaults, and --fast in those of training
-DEFAULTS = {
-    "predict": {"out": "pred.csv"},
-    "eval": {"input": "pred.csv"},
-    "table": {"out": "table", "ckpts": ["checkpoints"]},
-    "tsne": {"out": "p4_figures"},
-    "export": {"out": ".weights"},
-}
-FAST = {"steps": 400}
-
-
-def set_report(parser, report):
-    """Makes the settings of a report the parser's defaults."""
-    if report not in REPORTS:
-        fail(f"--report {report}: expected one of {', '.join(REPORTS)}")
-    parser.set_defaults(**(EVERY_REPORT | REPORTS[report]))
-
-
-def check_report(args):
-    """Raises ValueError where options contradict the report or the network."""
-    methods = args.methods if args.mode == "table" else [args.method]
-    others = [method for method in methods if method not in EVERY_REPORT["methods"]]
-    if args.report and others:
-        expected = " ".join(EVERY_REPORT["methods"])
-        fail(f"--report {args.report} with method {others[0]}: the reports have {expected}")
-    archs = REPORT_ARCHS.get(args.report, ARCHS)
-    if args.arch is not None and args.arch not in archs:
-        fail(f"--report {args.report} --arch {args.arch}: this report has {' '.join(archs)}")
-    if args.report is None and args.arch in ("dann", "large", *TINY):
-        fail(f"--arch {args.arch}: a report's network on the report's input; add --report")
-    if args.report is None and args.domain_weight != 1:
-        fail(f"--domain-weight {args.domain_weight}: only the reports' loss has it; add --report")
-
-
-def parse_args(argv=None):
-    """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = fail
-    text = "what to do; table: accuracies of methods and scenarios, trained where they are missing"
-    add(first, "--mode", "train", text, choices=tuple(MODES))
-    first.add_argument("--fast", action="store_true", help="preset for a CPU and a minute of training")
-    text = f"preset: network, input and training of a report, one of {', '.join(REPORTS)} (see REPORTS)"
-    add(first, "--report", None, text, "ours", metavar="NAME")
-    preset, _ = first.parse_known_args(argv)
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False, parents=[first])
-    p.error = fail
-    add_options(p)
-    if preset.report:
-        set_report(p, preset.report)
-    p.set_defaults(**DEFAULTS.get(preset.mode, {}))
-    if preset.fast:
-        p.set_defaults(**FAST, epochs=None)
-    args = p.parse_args(argv)
-    args.command = shlex.join(["python", f"{NAME}.py", *argv])
-
-    check_report(args)
-    given = {text.split("=")[0] for text in argv}
-    if {"--epochs", "--steps"} <= given:
-        fail(f"--epochs {args.epochs} and --steps {args.steps}: expected one of them")
-    if "--epochs" in given:
-        args.steps = None
-    if not args.clip > 0:
-        fail(f"--clip {args.clip}: expected a number above 0, or inf")
-    if args.mode == "eval" and args.gt is None:
-        fail("--mode eval needs --gt FILE, the CSV of true labels")
-    if args.mode == "predict" and args.input is None:
-        fail("--mode predict needs --input DIR, the folder of images")
-    if args.ckpts and len(args.ckpts) > 1 and args.mode != "predict":
-        fail(f"--ckpt {' '.join(args.ckpts)}: --mode {args.mode} takes one; only predict votes")
-    if dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
-        fail(f"torchrun with {os.environ['WORLD_SIZE']} processes: {NAME}.py runs in one")
-    args.methods = list(dict.fromkeys(args.methods))
-    args.scenarios = list(dict.fromkeys(args.scenarios))
-    args.seeds = list(dict.fromkeys(args.seeds))
-    args.device = choose_device(args.device)
-    args.bf16 = bf16_is_fast(args.device) if args.precision == "auto" else args.precision == "bf16"
-    if args.mode == "predict" and args.target is None:
-        args.target = domain_of(args.input)
-        if args.target is None and args.ckpts is None:
-            expected = f"no part of the path names a domain ({', '.join(DOMAINS)})"
-            fail(f"--input {args.input}: {expected}; pass --target or --ckpt")
-    if args.mode == "train" or args.ckpts is None:
-        args = settle(args)
-        args.ckpts = args.ckpts or [find_ckpt(args.name, args.mode)]
-    args.ckpt = args.ckpts[0]
-    return args
-
-
 def replace(args, **changes):
     """A copy of the settings with some of them changed."""
     return argparse.Namespace(**{**vars(args), **changes})
@@ -1325,28 +870,155 @@ def settle(args, **changes):
     source = args.source or SOURCE[target]
     if source == target:
         fail(f"--source {source} --target {target}: expected two domains")
-    training = args.method
-    labelled = source
-    if args.method == "target":
-        training = "source"
-        labelled = target
+    training = "source" if args.method == "target" else args.method
+    labelled = target if args.method == "target" else source
     unlabelled = None
     where = labelled
     if args.method in ("dann", "dann-mt"):
         unlabelled = target
         where = f"{source}_{target}"
-    own = {}
-    kind = args.arch
+    own = {"arch": args.arch or "deep", "decay": args.decay}
+    kind = own["arch"]
+    if args.decay is None:
+        own["decay"] = "linear" if args.method == "dann-mt" else "paper"
     if args.report:
-        own = of_direction(args, f"{source}-{target}")
+        own |= of_direction(args, f"{source}-{target}")
         kind = f"{args.report}-{own['arch']}"
     if not args.dropout2d:
-        if own.get("arch") not in TINY:
+        if own["arch"] not in TINY:
             fail("--no-dropout2d: only report 2021's tiny networks (usps to svhn) have Dropout2d")
         kind += "-no-dropout2d"
     name = f"p4_{training}_{where}_{kind}_{args.seed}"
     domains = dict(source=source, target=target, labelled=labelled, unlabelled=unlabelled)
     return replace(args, training=training, name=name, **domains, **own)
+
+
+def presets(args):
+    """The defaults of this --mode, --report, --fast, method and domains, but those of add_options."""
+    defaults = {
+        "predict": {"out": "pred.csv"},
+        "eval": {"input": "pred.csv"},
+        "table": {"out": "table", "ckpts": ["checkpoints"]},
+        "tsne": {"out": "p4_figures"},
+    }.get(args.mode, {})
+    if args.report:
+        defaults |= EVERY_REPORT | REPORTS[args.report]
+    if args.fast:
+        defaults |= {"steps": 400, "epochs": None}
+    if args.mode == "predict" and args.input:
+        defaults["target"] = domain_of(args.input)
+    if args.mode in ("train", "tsne") or (args.mode == "predict" and args.target):
+        defaults["ckpts"] = [find_ckpt(settle(args).name, args.mode)]
+    if args.mode == "train":  # what holds for its one method and its domains
+        own = settle(args)
+        defaults |= dict(source=own.source, target=own.target, arch=own.arch)
+        if not args.report:
+            defaults["decay"] = own.decay
+        elif not args.fast:
+            defaults["epochs"] = own.epochs
+    return defaults
+
+
+def add_options(p):
+    """The options of this script, with our defaults."""
+    positive = number(int, 1)
+    zero_up = number(float, 0)
+    seed = number(int, 0, 2**32 - 1)
+    modes = "train predict tsne"
+    text = "source, source-aug (augmented): on the source alone; dann, dann-mt: adapt; target: on its labels"
+    add(p, "--method", tuple(METHODS), "dann-mt", modes, text)
+    add(p, "--source", DOMAINS, None, modes, "labelled domain; None: svhn for target mnistm, else mnistm")
+    text = "to adapt to; None: usps, or svhn for source usps; predict: of --input's path; tsne: of --ckpt"
+    add(p, "--target", DOMAINS, None, modes, text)
+    add(p, "--seed", seed, 0, modes, "of training and of tsne")
+    modes = "train predict table tsne"
+    add(
+        p,
+        "--report",
+        tuple(REPORTS),
+        None,
+        modes,
+        "preset: network, input, training of a report (see REPORTS)",
+    )
+    text = "checkpoint to write or read, its log.csv beside it; predict: several vote; table: their folder"
+    add(p, "--ckpt", str, None, modes, text, metavar="FILE", nargs="+", dest="ckpts")
+    text = "deep: ours; small: 2022b's, paper: 2023's, dann: the paper's, others: 2021's; None: as --report"
+    add(p, "--arch", ARCHS, None, modes, text)
+    text = "tiny: without Dropout2d, which 2021 found important"
+    add(p, "--no-dropout2d", bool, True, modes, text, dest="dropout2d", action="store_false")
+    text = "the course's layout; None: built-in digits"
+    add(p, "--data", str, None, "train table tsne", text, metavar="DIR")
+    text = "a CSV file; table, tsne: a folder"
+    add(p, "--out", str, None, "predict table tsne", text, metavar="PATH")
+    add(
+        p, "--input", str, None, "predict eval", "predict: folder of images; eval: a CSV file", metavar="PATH"
+    )
+    add(p, "--gt", str, None, "eval", "CSV of true labels", metavar="FILE")
+
+    modes = "train table"
+    add(p, "--fast", bool, False, modes, "preset for a CPU and a minute")
+    add(p, "--resume", bool, False, "train", "go on from --ckpt")
+    text = "auto: bf16 autocast where the hardware is fast at it"
+    add(p, "--precision", ("auto", "bf16", "float32"), "auto", modes, text)
+    add(
+        p, "--steps", positive, 2000, modes, "in all; no run is prolonged, because the schedules depend on it"
+    )
+    add(p, "--epochs", positive, None, modes, "passes over the labelled images, instead of --steps")
+    add(p, "--batch-size", number(int, 2), 64, modes, "images per step, of each domain")
+    add(p, "--optimizer", ("adamw", "adam", "radam"), "adamw", modes, "AdamW, Adam or RAdam")
+    add(p, "--lr", zero_up, 1e-3, modes, "initial learning rate")
+    add(p, "--betas", number(float, 0, 0.9999), [0.9, 0.99], modes, "of the optimiser", nargs=2)
+    add(p, "--weight-decay", zero_up, 1e-4, modes, "of the optimiser")
+    text = "of the rate: the paper's; to 0; a tenth at 1/3 and 2/3; None: linear for dann-mt, else paper"
+    add(p, "--decay", ("paper", "linear", "none", "thirds"), None, modes, text)
+    add(p, "--clip", zero_up, 10.0, modes, "largest norm of the gradient, or inf")
+    add(p, "--domain-weight", zero_up, 1.0, modes, "reports: weight of the domain loss")
+
+    pairs = tuple(f"{source}-{target}" for source, target in itertools.permutations(DOMAINS, 2))
+    add(p, "--methods", tuple(METHODS), [*METHODS], "table", "rows", nargs="+", metavar="METHOD")
+    add(p, "--scenarios", pairs, SCENARIOS, "table", "columns", nargs="+", metavar="SOURCE-TARGET")
+    add(p, "--seeds", seed, [0, 1, 2], "table", "of each cell", nargs="+")
+    add(p, "--num", number(int, 10), 1000, "tsne", "images of each domain")
+
+
+def parse_args(argv=None):
+    """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
+    p = new_parser()
+    add_options(p)
+    args = parse(p, argv, presets)
+    named = args.mode in ("train", "table") or "--ckpt" not in args.given
+    uses = [
+        (named, "no --ckpt, which says it", "method report arch no-dropout2d"),
+        (args.report, "--report", "domain-weight"),
+    ]
+    methods = args.methods if args.mode == "table" else [args.method]
+    foreign = [method for method in methods if args.report and method not in EVERY_REPORT["methods"]]
+    archs = REPORT_ARCHS[args.report] if args.report else ["deep", "small", "paper"]
+    headless = "dann-mt" in methods and args.arch not in (None, "deep")
+    lost = args.mode == "predict" and args.ckpts is None
+    contradictions = [
+        ({"--epochs", "--steps"} <= args.given, "--epochs and --steps: expected one of them"),
+        (foreign, f"--report {args.report} with method {foreign}: it has {EVERY_REPORT['methods']}"),
+        (args.arch not in (None, *archs), f"--arch {args.arch} --report {args.report}: expected {archs}"),
+        (headless, f"--arch {args.arch}: dann-mt needs deep, whose domain head knows the digit"),
+        (args.mode == "eval" and args.gt is None, "--mode eval needs --gt FILE, the CSV of true labels"),
+        (args.mode == "predict" and args.input is None, "--mode predict needs --input DIR, the images"),
+        (lost, f"--input {args.input}: no part of the path names one of {DOMAINS}; pass --target or --ckpt"),
+        (
+            len(args.ckpts or []) > 1 and args.mode != "predict",
+            "--ckpt: takes one; only --mode predict votes",
+        ),
+    ]
+    refuse(args, uses, contradictions)
+    if "--epochs" in args.given:
+        args.steps = None
+    for name in ("methods", "scenarios", "seeds"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    if args.mode == "train":
+        args = settle(args)
+    if args.mode != "eval":
+        args.ckpt = args.ckpts[0]
+    return args
 
 
 def training_set(args, data):
@@ -1362,9 +1034,7 @@ def train_digits(args):
     """--mode train: trains on --data, then prints the accuracy on the target's val part."""
     from common import load_digits
 
-    domains = [args.labelled]
-    if args.unlabelled is not None:
-        domains.append(args.unlabelled)
+    domains = [args.labelled] + ([] if args.unlabelled is None else [args.unlabelled])
     data = {domain: load_digits(args.data, domain, "train") for domain in domains}
     val, truth = load_digits(args.data, args.target, "val")
     network = train(args, *training_set(args, data))
@@ -1372,47 +1042,464 @@ def train_digits(args):
     print(f"{args.target} val accuracy {share:.2f} % ({len(truth)} images, last step, not chosen by it)")
 
 
-MODES = {"train": train_digits, "predict": write_predictions, "eval": evaluate}
-MODES.update({"table": table, "tsne": tsne, "export": export})
+MODES = {"train": train_digits, "predict": write_predictions, "eval": evaluate, "table": table, "tsne": tsne}
 
 
-def check_ckpts(args):
-    """Raises FileNotFoundError, with the command that makes it, for a checkpoint that is not there."""
-    for path in args.ckpts:
-        if not Path(path).is_file():
-            names = ("report", "method", "source", "target", "arch", "seed")
-            options = [f"--{name} {getattr(args, name)}" for name in names if getattr(args, name) is not None]
-            if not args.dropout2d:
-                options.append("--no-dropout2d")
-            command = f"python {NAME}.py --mode train {' '.join(options)} --data DIR --ckpt {path}"
-            raise FileNotFoundError(f"--ckpt {path}: no such file; make one with: {command}")
+# ---------------- service: the same text in p1 to p4 ----------------
+# Files, checkpoints, Run, devices, options, main. NAME, NETWORK, ADVICE, SHARED, MODES stand above.
+
+HERE = Path(globals().get("__file__", "a notebook")).resolve().parent
+
+
+class Screen:
+    """Standard output or error, whatever it is, None too: what cannot be shown costs no work."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (AttributeError, ValueError):  # there is none, or it is closed
+            pass
+        except OSError:  # its reader is gone; else Python fails on what is left when it ends
+            with contextlib.suppress(AttributeError, OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self):
+        """`write` has done it."""
+
+
+def whole_numbers(values, what, low=0, high=2**32 - 1):
+    """A list of ints out of a list, array or tensor of whole numbers; ValueError for anything else."""
+    values = np.ravel(values.tolist() if isinstance(values, torch.Tensor) else values).tolist()
+    wrong = [value for value in values if type(value) is not int or not low <= value <= high]
+    if wrong:
+        raise ValueError(f"{what}: found {wrong[0]!r:.60}, expected whole numbers in {low} to {high}")
+    return values  # numpy's generators take a number from 2**32 on for several smaller ones
+
+
+def write_whole(path, write):
+    """Writes a file whole or not at all: write(file) fills a temporary file of this process, then renamed."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: is a folder or a device; expected the name of a file")
+    target = path.resolve()  # a symbolic link stays one
+    temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise OSError(f"{path}: cannot be written ({reason})") from e
+    finally:  # after Ctrl-C too
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path, text):
+    """Writes a text file, whole or not at all."""
+    write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
+
+
+def write_png(path, image):
+    """Writes uint8 (3, H, W) as PNG, whole or not at all."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    write_whole(path, lambda file: picture.save(file, "PNG"))
+
+
+def log_path(ckpt):
+    """model.log.csv for model.pt; for any other name that name with .log.csv."""
+    return Path(f"{str(ckpt).removesuffix('.pt')}.log.csv")
+
+
+def find_ckpt(name, mode):
+    """checkpoints/NAME.pt for training or where it is, else the weights that come with this script."""
+    here = Path("checkpoints") / f"{name}.pt"
+    for path in (here, HERE / ".weights" / here.name, HERE / here.name):
+        if mode == "train" or path.is_file():
+            return str(path)
+    return str(here)
+
+
+def load_file(path, option="--ckpt"):
+    """What torch.load finds, on the CPU; no code of the file runs. `option` names the file in messages."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sparse tensors, which are refused
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{option} {path}: no such file; {ADVICE}") from None
+    except Exception as e:  # torch.load raises many types for damaged or hostile files
+        raise ValueError(f"{option} {path}: not readable ({type(e).__name__})") from e
+
+
+def load_checkpoint(path, option="--ckpt"):
+    """The dict of a checkpoint of this script. Raises FileNotFoundError or ValueError."""
+    ckpt = load_file(path, option)
+    found = ckpt.get("script", list(ckpt)[:3]) if isinstance(ckpt, dict) else type(ckpt).__name__
+    if found != NAME:
+        raise ValueError(f"{option} {path}: found {found}, expected a checkpoint of {NAME}.py")
+    kinds = {"args": dict, "ema": dict, "step": int, "seconds": (int, float), "command": str}
+    lacking = [key for key, kind in kinds.items() if not isinstance(ckpt.get(key), kind)]
+    lacking = lacking or [key for key in NETWORK if key not in ckpt["args"]]
+    if lacking:
+        raise ValueError(f"{option} {path}: lacks {', '.join(lacking)}; damaged, or of another version")
+    return ckpt
+
+
+def load_network(ckpt, path, device="cpu", option="--ckpt"):
+    """(averaged network in eval mode, settings) of a checkpoint's dict. Raises ValueError."""
+    settings = argparse.Namespace(**{**ckpt["args"], "device": torch.device(device)})
+    try:
+        nets = build(settings)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{option} {path}: its settings describe no network ({e})") from e
+    net = nets[0] if isinstance(nets, tuple) else nets
+    load_weights(net, ckpt["ema"], path, option)
+    settings.trained = f"step {ckpt.get('step')} of {ckpt.get('steps', 'a finished training')}"
+    return net.eval(), settings
+
+
+def load_weights(net, state, path, option="--ckpt"):
+    """Fills `net` from a state dict, also of DistributedDataParallel or torch.compile; or ValueError."""
+    try:
+        net.load_state_dict({re.sub(r"^((module|_orig_mod)\.)+", "", name): w for name, w in state.items()})
+    except (TypeError, AttributeError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise ValueError(f"{option} {path}: found {len(state)} weights, not this network's ({reason})") from e
+    broken = [name for name, value in net.state_dict().items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"{option} {path}: {len(broken)} weights are not finite, first {broken[0]}")
+
+
+def progress_bar(args, total, what, unit, initial=0):
+    """A tqdm bar of the first process; TQDM_DISABLE=1 hides it. In a file it writes a line a minute."""
+    try:
+        from tqdm import tqdm
+    except ImportError:  # the file copied alone runs without progress bars
+        tqdm = None
+    if tqdm is None or args.rank > 0:
+        nothing = lambda *_, **__: None
+        return argparse.Namespace(update=nothing, set_postfix=nothing, close=nothing)
+    terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+    options = dict(initial=initial, file=Screen(sys.stderr), mininterval=1 if terminal else 60)
+    return tqdm(total=total, desc=what, unit=unit, **options)
+
+
+class Run:
+    """`for step in run`: --resume, progress bar, log, checkpoints, signals and torchrun around a training.
+
+    settings: what --resume must find unchanged; `steps` is among them where a step depends on it.
+    data: the tensors of the training set. parts: the networks and optimisers that a checkpoint holds.
+    before_save(): makes the averaged network ready.
+    """
+
+    def __init__(self, args, steps, settings, data, parts, before_save=lambda: None):
+        self.args = args
+        self.steps = steps
+        self.settings = settings
+        self.images = len(data[0])
+        self.data = [hashlib.sha256(x.cpu().contiguous().numpy()).hexdigest() for x in data]
+        self.parts = parts
+        self.before_save = before_save
+        self.step = 0
+        self.seconds = 0.0
+        self.log = []
+        self.totals = {}  # of each loss since the last row of the log: sum, count
+        self.signalled = False
+        if args.batch_size % args.world:
+            raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of {args.world} processes")
+        if args.resume:
+            self.resume()
+        elif args.rank == 0 and Path(args.ckpt).exists():
+            raise ValueError(f"--ckpt {args.ckpt}: exists; go on with --resume, or give another --ckpt")
+        if args.world > 1 and args.device.type == "cuda":
+            torch.cuda.set_device(args.device)
+        if args.world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+        if args.rank > 0:  # every process draws images and noise of its own
+            rng = np.random.default_rng([args.seed, self.step, args.rank])
+            torch.manual_seed(int(rng.integers(2**62)))
+
+    def __iter__(self):
+        args = self.args
+        lock = self.lock() if args.rank == 0 else None
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                    handlers[number] = signal.signal(number, lambda *_: setattr(self, "signalled", True))
+        self.say(f"{args.ckpt}: {self.images:,} images, {args.device}, {'bf16' if args.bf16 else 'float32'}")
+        bar = progress_bar(args, self.steps, "train", "step", initial=self.step)
+        start = time.perf_counter() - self.seconds
+        saved = self.seconds
+        stopped = False
+        try:
+            while self.step < self.steps and not stopped:
+                self.step += 1
+                yield self.step
+                self.seconds = time.perf_counter() - start
+                stopped = self.agree_to_stop()
+                if self.step % (10 if self.step <= 1000 else 100) == 0:
+                    self.log.append(self.row())
+                    self.totals = {}
+                last = stopped or self.step == self.steps
+                if last or self.seconds - saved > 120:
+                    self.save(again=not last)
+                    saved = self.seconds
+                bar.update()  # the screen comes last: it may be gone
+                bar.set_postfix(self.log[-1] if self.log else {}, refresh=False)
+            if args.world > 1:  # after an error it would wait for the other processes
+                dist.destroy_process_group()
+        finally:
+            bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if lock:
+                os.remove(lock.name)
+                lock.close()
+        self.say(f"{args.ckpt}: step {self.step}, {self.seconds:.0f} s of training")
+        if self.step < self.steps:
+            raise KeyboardInterrupt(f"stopped at step {self.step}; go on with --resume")
+
+    def lock(self):
+        """Refuses a second training on this checkpoint; the lock ends with the process, however it ends."""
+        path = Path(f"{self.args.ckpt}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 (a folder that cannot be written shows now, not after hours)
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"--ckpt {self.args.ckpt}: another training writes it; give another")
+        return file
+
+    def agree_to_stop(self):
+        """True after a signal; the processes of torchrun ask one another, and stop together."""
+        flag = torch.tensor(float(self.signalled))
+        if self.args.world > 1:
+            dist.all_reduce(flag)
+        return flag.item() > 0
+
+    def say(self, text):
+        if self.args.rank == 0:
+            print(text, file=Screen(sys.stdout))
+
+    def record(self, **values):
+        """Adds a step's losses (tensors) to the means of the log's next row, without waiting for a GPU."""
+        for name, value in values.items():
+            total, count = self.totals.get(name, (0, 0))
+            self.totals[name] = (total + value.detach(), count + 1)
+
+    def row(self):
+        """The means since the last row of the log; raises FloatingPointError for nan and inf."""
+        means = {name: round(float(total / count), 5) for name, (total, count) in self.totals.items()}
+        if not all(map(math.isfinite, means.values())):
+            advice = f"{self.args.ckpt} keeps the last good state, if any; try a lower --lr"
+            raise FloatingPointError(f"{means} at step {self.step}; {advice}")
+        before = self.log[-1] if self.log else {"step": 0, "seconds": 0.0}
+        images = (self.step - before["step"]) * self.args.batch_size
+        rate = round(images / max(self.seconds - before["seconds"], 1e-9), 1)
+        return {"step": self.step, **means, "images_per_s": rate, "seconds": round(self.seconds, 1)}
+
+    def save(self, again=False):
+        """Writes the checkpoint, then its log. again: there is another try later, so failing is a warning."""
+        args = self.args
+        rows = [*self.log, self.row()] if self.totals else self.log
+        if args.rank > 0:
+            return
+        self.before_save()
+        rng = {"cpu": torch.get_rng_state()}
+        if args.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(args.device)
+        state = dict(script=NAME, args=self.settings, data=self.data, step=self.step, steps=self.steps)
+        state.update(seconds=self.seconds, log=self.log, totals=self.totals, rng=rng, command=args.command)
+        state.update({name: part.state_dict() for name, part in self.parts.items()})
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        lines = [names, *([row.get(name, "") for name in names] for row in rows)]
+        try:
+            write_whole(args.ckpt, lambda file: torch.save(state, file))
+            write_text(log_path(args.ckpt), "".join(",".join(map(str, line)) + "\n" for line in lines))
+        except OSError as e:
+            if not again:
+                raise
+            print(f"warning: {e}; training goes on", file=Screen(sys.stderr))
+
+    def resume(self):
+        """Loads args.ckpt into the parts; raises ValueError where settings, images or labels differ.
+
+        A file of --mode export has averaged weights alone: the networks start from them, the optimisers anew,
+        and only the network's settings must be the same.
+        """
+        path = self.args.ckpt
+        ckpt = load_checkpoint(path)
+        alone = "rng" not in ckpt
+        old = {**ckpt["args"], "data": ckpt.get("data")}
+        new = {**self.settings, "data": self.data}
+        if alone:
+            new = {key: new[key] for key in NETWORK}
+        differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
+        if differ:
+            raise ValueError(f"--resume {path} with other settings: {', '.join(differ)}")
+        self.step = ckpt["step"]
+        self.seconds = ckpt["seconds"]
+        if self.step + alone > self.steps:
+            raise ValueError(f"--resume {path}: is at step {self.step}, expected fewer than {self.steps}")
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                source = "ema" if alone and name == "model" else name
+                load_weights(part, ckpt.get(source, {}), path)
+            elif not alone:
+                part.load_state_dict(ckpt[name])
+                for parameter, state in part.state.items():  # a GPU has them in channels_last
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        state[key] = torch.empty_like(parameter).copy_(state[key])
+        if alone:
+            self.say(f"{path}: averaged weights of {self.step} steps, fresh optimisers")
+            torch.manual_seed(self.args.seed + self.step)
+            return
+        self.log = ckpt["log"]
+        self.totals = ckpt["totals"]
+        torch.set_rng_state(ckpt["rng"]["cpu"])
+        if self.args.device.type == "cuda" and "cuda" in ckpt["rng"]:
+            torch.cuda.set_rng_state(ckpt["rng"]["cuda"], self.args.device)
+
+
+def choose_device(name):
+    """auto, cpu, cuda or cuda:N -> a torch.device that works here; each process of torchrun gets its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and dist.is_torchelastic_launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        fail(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: not available here ({str(e).splitlines()[0]})") from e
+
+
+def bf16_is_fast(device):
+    """True where bfloat16 is known to be fast: CUDA capability 8 and later, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
+    return capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+
+
+def fail(message):
+    """What argparse calls for wrong usage: an importer gets an exception, never SystemExit."""
+    raise ValueError(message)
+
+
+def number(kind, low, high=math.inf):
+    """argparse type: a number of `kind` in [low, high]."""
+
+    def convert(text):
+        if not low <= kind(text) <= high:  # nan is nowhere
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} to {high}")
+        return kind(text)
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def add(p, name, kind, default, modes, text, **more):
+    """An option of some --modes, or of all (""): `kind` is its type, a tuple of choices, bool: a switch."""
+    p.modes[name] = modes.split() or list(MODES)
+    title = f"of --mode {modes}" if len(p.modes[name]) == 1 else "of several modes"
+    if title not in p.groups:
+        p.groups[title] = p.add_argument_group(title)
+    how = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
+    if isinstance(kind, tuple):
+        how = {"choices": kind}
+    if kind is bool:
+        how = {"action": "store_true"}
+    else:
+        text += " (default: %(default)s)"
+    p.groups[title].add_argument(name, default=default, help=text, **how | more)
+
+
+def new_parser():
+    """A parser with the options that all modes have."""
+    style = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=30)
+    usage = f"python {NAME}.py --mode MODE [--option value ...]"
+    p = argparse.ArgumentParser(NAME, usage, __doc__, formatter_class=style, allow_abbrev=False)
+    p.error = fail
+    p.modes = {}
+    p.groups = {}
+    add(p, "--mode", tuple(MODES), "train", "", "what to do")
+    add(p, "--device", str, "auto", "", "auto, cpu, cuda or cuda:N", metavar="NAME")
+    return p
+
+
+def parse(p, argv, presets):
+    """The settings of a command line; presets(them): the defaults of this mode, method and report."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    known = [text for text in argv if text not in ("-h", "--help")]
+    for _ in range(2):  # of one option's default another's may depend
+        p.set_defaults(**presets(p.parse_known_args(known)[0]))
+    args = p.parse_args(argv)
+    args.command = shlex.join(["python", f"{NAME}.py", *argv])
+    args.given = {text.split("=")[0] for text in argv if text.startswith("--")}
+    for name in sorted(args.given & p.modes.keys()):
+        if args.mode not in p.modes[name]:
+            fail(f"{name}: has no use with --mode {args.mode}, only with {', '.join(p.modes[name])}")
+    launched = dist.is_torchelastic_launched()  # left-over variables of another launcher do not count
+    args.rank = int(os.environ["RANK"]) if launched else 0
+    args.world = int(os.environ["WORLD_SIZE"]) if launched else 1
+    if args.world > 1 and args.mode not in SHARED:
+        fail(f"--mode {args.mode}: cannot share its work among {args.world} processes")
+    args.device = choose_device(args.device)
+    args.bf16 = bf16_is_fast(args.device) if args.precision == "auto" else args.precision == "bf16"
+    return args
+
+
+def refuse(args, uses, contradictions):
+    """Raises ValueError for options without a use, and for contradictions.
+
+    uses: (whether there is one, with what, options). contradictions: (whether there is one, message).
+    """
+    for used, what, names in uses:
+        unused = sorted(args.given & {f"--{name}" for name in names.split()})
+        if unused and not used:
+            fail(f"{unused[0]}: has a use only with {what}; leave it out")
+    for wrong, message in contradictions:
+        if wrong:
+            fail(message)
 
 
 def main(argv=None):
     """The command line: what goes wrong becomes one line on standard error and an exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has none
-            stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
-    try:
-        args = parse_args(argv)
-        if args.mode in ("predict", "tsne"):
-            check_ckpts(args)
-            print(f"weights: {', '.join(args.ckpts)}")
-        MODES[args.mode](args)
-    except (ValueError, OSError, ImportError, FloatingPointError) as e:
-        message = str(e)
-        if isinstance(e, OSError) and e.filename is not None:
-            message = f"{e.filename}: {e.strerror}"
-        if isinstance(e, ImportError):
-            message = f"{e}; pip install -r requirements.txt, and keep common.py beside this file"
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(e, FloatingPointError) else 2) from None
-    except torch.cuda.OutOfMemoryError as e:
-        print(f"error: {str(e).splitlines()[0]}; use a smaller --batch-size", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt as e:
-        print(str(e) or "stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+    sys.path.append(str(HERE))  # of common.py, for python -m FOLDER.SCRIPT
+    with contextlib.redirect_stdout(Screen(sys.stdout)), contextlib.redirect_stderr(Screen(sys.stderr)):
+        try:
+            args = parse_args(argv)
+            return MODES[args.mode](args)
+        except KeyboardInterrupt as e:
+            code, line = 130, str(e) or "stopped"
+        except FloatingPointError as e:
+            code, line = 1, f"error: {e}"
+        except ImportError as e:
+            code = 2
+            line = f"error: {e}; pip install -r requirements.txt, and keep common.py beside this file"
+        except (ValueError, OSError) as e:
+            code, line = 2, f"error: {e}"
+        except (RuntimeError, MemoryError) as e:
+            if not isinstance(e, MemoryError) and "memory" not in str(e):
+                raise
+            code, line = 1, f"error: memory ran out ({str(e)[:200]}); use a smaller --batch-size"
+        print(" ".join(line.split()), file=sys.stderr)
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":
