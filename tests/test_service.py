@@ -26,7 +26,7 @@ import p3_ddim as p3
 import p4_dann as p4
 
 TRAIN = {
-    p1: ["--method", "sngan", "--batch-size", "2"],
+    p1: ["--method", "dcgan", "--batch-size", "2"],
     p2: ["--channels", "32", "--T", "20", "--batch-size", "2", "--dropout", "0.2"],
     p3: ["--channels", "32", "--attention", "--batch-size", "2"],
     p4: ["--method", "dann-mt", "--source", "mnistm", "--target", "usps", "--batch-size", "4"],
@@ -244,7 +244,6 @@ def test_hostile_files_are_not_executed(tmp_path):
 def test_resume_is_bit_equal(script, tmp_path):
     """Four steps are two, --resume and two: networks, optimisers, random numbers, losses."""
     more = ["--lr-schedule", "constant"] if script is p2 else []
-    more = ["--decay", "none"] if script is p1 else more
     whole = train(script, tmp_path / "whole.pt", *more)
     if script is p4:  # its steps depend on their number, so it is stopped instead
         run = script.Run.agree_to_stop
@@ -714,7 +713,7 @@ model, settings = script.load_model("a.pt")
 """
 
 
-@each
+@pytest.mark.parametrize("script", [p2, *(pytest.param(s, marks=pytest.mark.slow) for s in (p1, p3, p4))])
 def test_copied_alone_it_trains_on_tensors(script, tmp_path):
     """With torch, numpy and pillow; the settings are not written to."""
     shutil.copy(ROOT / f"{script.__name__}.py", tmp_path)
