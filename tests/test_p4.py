@@ -1258,6 +1258,6 @@ def test_readme():
     ],
 )
 def test_wrong_options(text, error):
-    assert text.split()[0] in error(run, text)
     with pytest.raises(ValueError):
         p4.parse_args(text.split())
+    assert text.split()[0] in error(run, text)
