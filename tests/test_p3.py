@@ -1195,8 +1195,10 @@ def test_defaults_follow_mode_and_sampler():
         "--mode sample --sampler dpm++ --eta 0.5",
     ],
 )
-def test_wrong_options(arguments, error):
+def test_wrong_options(arguments, error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     error(call, *arguments.split())
+    assert os.listdir(tmp_path) == []
 
 
 # ------------------------------------------------------------------ the course's network
