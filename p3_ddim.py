@@ -582,6 +582,7 @@ def sample(args):
 
 def write_noise(args):
     """Writes 00.pt ... 09.pt, noises (1, 3, --size, --size), into --out; equal ones that it holds stay."""
+    check_size([args.size], args, "--size")
     shape = (3, args.size, args.size)
     noises = {Path(args.out) / f"{i:02d}.pt": Noise([(i,)], shape, args.seed)() for i in range(10)}
     missing = [path for path in noises if not path.exists()]
