@@ -16,6 +16,7 @@ on one shared core of an AMD EPYC. README.md has the tables and the commands.
 
 # SPDX-License-Identifier: MIT
 import argparse
+import ast
 import contextlib
 import fcntl
 import functools
@@ -658,6 +659,42 @@ PRESETS = {
 }
 # fmt: on
 
+OPTIONS = """
+--method  METHODS  None  all  what to train; elsewhere it names the default of --ckpt, which says the method
+--report  REPORTS  None  all  preset: networks and training of a report
+--ckpt  FILE x+  None  all  checkpoint to write or read, its log.csv beside it; grid takes several
+--seed  int 0..4294967295  0  train sample grid  of training and of all noise
+--batch-size  int 1..  None  train sample  images per step; sample: images at a time
+--data  DIR  None  train eval  the course's layout; None: built-in images
+--out  PATH  None  sample eval grid  folder for results; eval: a JSON file
+--input  DIR  "samples"  eval  folder of images
+--classifier  FILE  None  eval  acgan: weights in the course's format; None: ours, or trained on --data
+--inception  FILE  None  eval  faces: pytorch-fid's weights; None: downloaded once
+--num  int 1..  None  sample  faces in all (None: 1000), or digits of each class (None: 100)
+--fast  switch  False  train  preset for a CPU and some minutes
+--resume  switch  False  train  go on from --ckpt
+--precision  PRECISIONS  "auto"  train  auto: bf16 autocast where the hardware is fast at it
+--steps  int 1..  None  train  updates of D in all; more with --resume, where no step depends on it
+--epochs  int 1..  None  train  passes over the images, instead of --steps
+--lr  float 0..  None  train  learning rate of G
+--lr-d  float 0..  None  train  learning rate of D
+--betas  float 0..0.9999 x2  None  train  of AdamW
+--weight-decay  float 0..  0.0  train  of AdamW
+--decay  DECAYS  None  train  of the learning rates: linear to 0; thirds: halved at 1/3 and 2/3
+--n-critic  int 1..  None  train  updates of D per round
+--g-updates  int 1..  None  train  updates of G after them
+--ema  float 0..1  None  train  decay of the averaged generator that samples; 0: none
+--diffaugment  SHIFTS  None  train  DiffAugment of all that D sees
+--loss  LOSSES  None  train  of D and G
+--label-smoothing  float 0..1  0.0  train  bce: the real label is 1 - this
+--digit-weight  float 0..  30.0  train  acgan: last weight of G's digit loss; the first is 1
+--instance-noise  float 0..  0.0  train  standard deviation of noise on all that D sees; it decays to 0
+--no-flip  switch  True  train  do not mirror images at random
+"""
+CHOICES = dict(METHODS=tuple(PRESETS), REPORTS=tuple(REPORTS), PRECISIONS=("auto", "bf16", "float32"))
+CHOICES |= dict(DECAYS=("none", "linear", "thirds"), SHIFTS=("none", "translation"))
+CHOICES |= dict(LOSSES=("bce", "wasserstein", "hinge"))
+
 
 def settings_of(args, steps):
     """What a checkpoint keeps of a training; `steps` where a step depends on how many there are."""
@@ -700,13 +737,13 @@ def check_latents(method, z, digits):
 
 
 def presets(args):
-    """The defaults of this --mode, --method, --report and --fast that are not those of add_options."""
+    """The defaults of this --mode, --method, --report and --fast that are not those of OPTIONS."""
     methods = REPORTS[args.report] if args.report else PRESETS
     method = args.method or ("dcgan" if args.report else "sngan")
     if method not in methods:
         fail(f"--report {args.report} --method {method}: this report has {' and '.join(methods)}")
     name = f"p1_{method}_{args.report}" if args.report else f"p1_{method}"
-    defaults = {"method": method, "ckpts": [find_ckpt(name, args.mode)], **PRESETS[method]}
+    defaults = {"method": method, "ckpt": [find_ckpt(name, args.mode)], **PRESETS[method]}
     if args.report:
         defaults |= OF_REPORTS | methods[method]
     if "epochs" in defaults:
@@ -720,60 +757,9 @@ def presets(args):
     return defaults
 
 
-def add_options(p):
-    """The options of this script; PRESETS has the defaults that are None here."""
-    positive = number(int, 1)
-    zero_up = number(float, 0)
-    share = number(float, 0, 1)
-    text = "what to train; elsewhere it names the default of --ckpt, which says the method"
-    add(p, "--method", tuple(PRESETS), None, "", text)
-    add(p, "--report", tuple(REPORTS), None, "", "preset: networks and training of a report (see REPORTS)")
-    text = "checkpoint to write or read, its log.csv beside it; grid takes several"
-    add(p, "--ckpt", str, None, "", text, metavar="FILE", nargs="+", dest="ckpts")
-    seed = number(int, 0, 2**32 - 1)
-    add(p, "--seed", seed, 0, "train sample grid", "of training and of all noise")
-    add(p, "--data", str, None, "train eval", "the course's layout; None: built-in images", metavar="DIR")
-    add(p, "--out", str, None, "sample eval grid", "folder for results; eval: a JSON file", metavar="PATH")
-    add(p, "--input", str, "samples", "eval", "folder of images", metavar="DIR")
-    text = "acgan: weights in the course's format; None: ours, or trained on --data"
-    add(p, "--classifier", str, None, "eval", text, metavar="FILE")
-    text = "faces: weights of pytorch-fid; None: downloaded once"
-    add(p, "--inception", str, None, "eval", text, metavar="FILE")
-    text = "faces in all (None: 1000), or digits of each class (None: 100)"
-    add(p, "--num", positive, None, "sample", text)
-    add(p, "--batch-size", positive, None, "train sample", "images per step; sample: images at a time")
-
-    add(p, "--fast", bool, False, "train", "preset for a CPU and some minutes")
-    add(p, "--resume", bool, False, "train", "go on from --ckpt")
-    text = "auto: bf16 autocast where the hardware is fast at it"
-    add(p, "--precision", ("auto", "bf16", "float32"), "auto", "train", text)
-    text = "updates of D; --resume takes more where no step depends on their number"
-    add(p, "--steps", positive, None, "train", text)
-    add(p, "--epochs", positive, None, "train", "passes over the images, instead of --steps")
-    add(p, "--lr", zero_up, None, "train", "learning rate of G")
-    add(p, "--lr-d", zero_up, None, "train", "learning rate of D")
-    add(p, "--betas", number(float, 0, 0.9999), None, "train", "of AdamW", nargs=2)
-    add(p, "--weight-decay", zero_up, 0.0, "train", "of AdamW")
-    text = "of the learning rates: linear to 0; thirds: halved at 1/3 and 2/3"
-    add(p, "--decay", ("none", "linear", "thirds"), None, "train", text)
-    add(p, "--n-critic", positive, None, "train", "updates of D per round")
-    add(p, "--g-updates", positive, None, "train", "updates of G after them")
-    add(p, "--ema", share, None, "train", "decay of the averaged generator that samples; 0: none")
-    add(p, "--diffaugment", ("none", "translation"), None, "train", "DiffAugment of all that D sees")
-    add(p, "--loss", ("bce", "wasserstein", "hinge"), None, "train", "of D and G")
-    add(p, "--label-smoothing", share, 0.0, "train", "bce: the real label is 1 - this")
-    add(p, "--digit-weight", zero_up, 30.0, "train", "acgan: last weight of G's digit loss; the first is 1")
-    text = "standard deviation of noise on all that D sees; it decays to 0"
-    add(p, "--instance-noise", zero_up, 0.0, "train", text)
-    text = "do not mirror images at random"
-    add(p, "--no-flip", bool, True, "train", text, dest="flip", action="store_false")
-
-
 def parse_args(argv=None):
     """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
-    p = new_parser()
-    add_options(p)
-    args = parse(p, argv, presets)
+    args = parse(new_parser(OPTIONS, **CHOICES), argv, presets)
     uses = [
         (args.method == "acgan", "--method acgan", "digit-weight classifier"),
         (args.method != "acgan", "faces", "inception"),
@@ -787,11 +773,12 @@ def parse_args(argv=None):
             penalty != (args.loss == "wasserstein"),
             f"--loss {args.loss}: wgangp alone has wasserstein's penalty",
         ),
-        (len(args.ckpts) > 1 and args.mode != "grid", "--ckpt: takes one; only --mode grid shows several"),
+        (len(args.ckpt) > 1 and args.mode != "grid", "--ckpt: takes one; only --mode grid shows several"),
     ]
     refuse(args, uses, contradictions)
     if "--epochs" in args.given:
         args.steps = None
+    args.ckpts = args.ckpt
     args.ckpt = args.ckpts[0]
     return args
 
@@ -1037,14 +1024,14 @@ class Run:
 
     def lock(self):
         """Refuses a second training on this checkpoint; the lock ends with the process, however it ends."""
-        path = Path(f"{self.args.ckpt}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 (a folder that cannot be written shows now, not after hours)
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fail(f"--ckpt {self.args.ckpt}: another training writes it; give another")
+        Path(self.args.ckpt).parent.mkdir(parents=True, exist_ok=True)
+        file = open(f"{self.args.ckpt}.lock", "w")  # noqa: SIM115 (what cannot be written shows now)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"--ckpt {self.args.ckpt}: another training writes it; give another")
+        except OSError:  # a file system without locks
+            pass
         return file
 
     def agree_to_stop(self):
@@ -1101,17 +1088,15 @@ class Run:
     def resume(self):
         """Loads args.ckpt into the parts; raises ValueError where settings, images or labels differ.
 
-        A file of --mode export has averaged weights alone: the networks start from them, the optimisers anew,
-        and only the network's settings must be the same.
+        Of averaged weights alone, as in .weights/, only the network's settings count; optimisers start anew.
         """
         path = self.args.ckpt
         ckpt = load_checkpoint(path)
         alone = "rng" not in ckpt
         old = {**ckpt["args"], "data": ckpt.get("data")}
         new = {**self.settings, "data": self.data}
-        if alone:
-            new = {key: new[key] for key in NETWORK}
-        differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
+        names = [name for name in (NETWORK if alone else new) if new[name] != old.get(name)]
+        differ = [f"{name} {new[name]} (checkpoint: {old.get(name)})" for name in names]
         if differ:
             raise ValueError(f"--resume {path} with other settings: {', '.join(differ)}")
         self.step = ckpt["step"]
@@ -1120,15 +1105,13 @@ class Run:
             raise ValueError(f"--resume {path}: is at step {self.step}, expected fewer than {self.steps}")
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
-                source = "ema" if alone and name == "model" else name
-                load_weights(part, ckpt.get(source, {}), path)
+                load_weights(part, ckpt.get("ema" if alone and name == "model" else name, {}), path)
             elif not alone:
                 part.load_state_dict(ckpt[name])
                 for parameter, state in part.state.items():  # a GPU has them in channels_last
                     for key in ("exp_avg", "exp_avg_sq"):
                         state[key] = torch.empty_like(parameter).copy_(state[key])
         if alone:
-            self.say(f"{path}: averaged weights of {self.step} steps, fresh optimisers")
             torch.manual_seed(self.args.seed + self.step)
             return
         self.log = ckpt["log"]
@@ -1165,44 +1148,59 @@ def fail(message):
     raise ValueError(message)
 
 
-def number(kind, low, high=math.inf):
-    """argparse type: a number of `kind` in [low, high]."""
+def number(kind):
+    """argparse type of a range: `int 1..`, `float 0..1`."""
+    of, low, high = re.fullmatch(r"(int|float) (.*)\.\.(.*)", kind).groups()
+    cast = {"int": int, "float": float}[of]
 
     def convert(text):
-        if not low <= kind(text) <= high:  # nan is nowhere
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} to {high}")
-        return kind(text)
+        if not float(low) <= cast(text) <= float(high or sys.float_info.max):  # nan is nowhere
+            raise argparse.ArgumentTypeError(f"{text}: expected {kind}")
+        return cast(text)
 
-    convert.__name__ = kind.__name__
+    convert.__name__ = of
     return convert
 
 
-def add(p, name, kind, default, modes, text, **more):
-    """An option of some --modes, or of all (""): `kind` is its type, a tuple of choices, bool: a switch."""
-    p.modes[name] = modes.split() or list(MODES)
+def add_option(p, line, choices):
+    """Adds an option to a parser from a line: name, kind, default, --modes and help, two spaces apart.
+
+    kind: a range such as `int 1..9`, a name in `choices`, `switch`, or any other word. x2, x+, x*: a list.
+    """
+    name, kind, default, modes, text = re.split("  +", line, maxsplit=4)
+    kind, _, nargs = kind.partition(" x")
+    how = dict(dest=name[2:].removeprefix("no-").replace("-", "_"), default=ast.literal_eval(default))
+    if kind == "switch":
+        how["action"] = "store_false" if how["default"] else "store_true"
+    else:
+        text += " (default: %(default)s)"
+        how["nargs"] = int(nargs) if nargs.isdecimal() else nargs or None
+    if kind in choices:
+        how.update(choices=choices[kind], type=type(choices[kind][0]), metavar=kind if nargs else None)
+    elif ".." in kind:
+        how.update(type=number(kind), metavar=kind.split()[0].upper())
+    elif kind != "switch":
+        how["metavar"] = kind
+    p.modes[name] = list(MODES) if modes == "all" else modes.split()
     title = f"of --mode {modes}" if len(p.modes[name]) == 1 else "of several modes"
     if title not in p.groups:
         p.groups[title] = p.add_argument_group(title)
-    how = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
-    if isinstance(kind, tuple):
-        how = {"choices": kind}
-    if kind is bool:
-        how = {"action": "store_true"}
-    else:
-        text += " (default: %(default)s)"
-    p.groups[title].add_argument(name, default=default, help=text, **how | more)
+    p.groups[title].add_argument(name, help=text, **how)
 
 
-def new_parser():
-    """A parser with the options that all modes have."""
+def new_parser(table, **choices):
+    """A parser with the options of a table, as add_option takes its lines, and --mode and --device."""
     style = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=30)
     usage = f"python {NAME}.py --mode MODE [--option value ...]"
     p = argparse.ArgumentParser(NAME, usage, __doc__, formatter_class=style, allow_abbrev=False)
     p.error = fail
     p.modes = {}
     p.groups = {}
-    add(p, "--mode", tuple(MODES), "train", "", "what to do")
-    add(p, "--device", str, "auto", "", "auto, cpu, cuda or cuda:N", metavar="NAME")
+    table = (
+        "--mode  MODES  'train'  all  what to do\n--device  NAME  'auto'  all  cpu, cuda or cuda:N" + table
+    )
+    for line in table.strip().splitlines():
+        add_option(p, line, {"MODES": tuple(MODES), **choices})
     return p
 
 

@@ -17,6 +17,7 @@ seeds); 103 minutes on one core of an AMD EPYC. The weights that come with it ha
 
 # SPDX-License-Identifier: MIT
 import argparse
+import ast
 import contextlib
 import fcntl
 import functools
@@ -931,6 +932,58 @@ NETWORK += ("T", "schedule", "beta_end", "prediction", "label_dropout")
 TRAINING = ("batch_size", "lr", "lr_schedule", "optimizer", "betas", "weight_decay", "clip", "ema")
 TRAINING += ("gamma", "t_sampling", "seed")
 
+OPTIONS = """
+--ckpt  FILE  None  all  checkpoint to write or read, its log.csv beside it
+--report  REPORTS  None  train sample grid  preset: network, training and sampler of a report
+--seed  int 0..4294967295  0  train sample grid  of training and of all noise
+--precision  PRECISIONS  "auto"  train sample grid  auto: bf16 autocast where the hardware is fast at it
+--batch-size  int 1..  64  train sample  images per step; sample: images at a time
+--data  DIR  None  train eval grid  the course's layout; None: built-in digits
+--out  PATH  None  sample eval grid  folder for results; eval: a JSON file
+--input  DIR  "samples"  eval  folder of images
+--classifier  FILE  None  eval grid  weights in the course's format; None: ours, or trained on --data
+--fast  switch  False  train  preset for a CPU and some minutes
+--resume  switch  False  train  go on from --ckpt, or from weights alone
+--steps  int 1..  10000  train  in all; more with --resume prolong the run, unless the rate ends at 0
+--epochs  int 1..  None  train  passes over the images, instead of --steps
+--optimizer  OPTIMIZERS  "adamw"  train  AdamW or Adam
+--lr  float 0..  1e-3  train  peak learning rate
+--betas  float 0..1 x2  [0.9, 0.99]  train  of the optimiser
+--weight-decay  float 0..  0.0  train  of the optimiser
+--lr-schedule  RATES  "sqrt"  train  how the rate falls; linear and cosine end at 0
+--clip  float 1e-9..inf  1.0  train  largest norm of the gradient
+--ema  float 0..1  1.0  train  longest average of the weights: decay of an exponential one; 1: the last tenth
+--label-dropout  float 0..1  0.1  train  share of labels replaced by the null class
+--gamma  float 0..  5.0  train  min-SNR weighting; 0: none
+--prediction  PREDICTIONS  "v"  train  what the network predicts
+--schedule  SCHEDULES  "cosine"  train  noise schedule
+--beta-end  float 1e-4..0.999  0.02  train  last beta of the linear schedule
+--T  int 2..  400  train  number of diffusion steps
+--t-sampling  SPREADS  "stratified"  train  times of a batch: evenly spread, or each drawn for itself
+--arch  ARCHS  "unet"  train  ours, or a report's; context is 2023's
+--channels  int 32.. x+  [64, 128]  train  unet: width at each resolution, multiples of 32
+--blocks  int 1..  1  train  unet: residual blocks per resolution
+--patch  PATCHES  2  train  unet: pixels folded into channels at the entrance
+--dropout  float 0..1  0.0  train  unet, 2022b: in the residual blocks
+--width  int 8..  216  train  context: number of features, a multiple of 8
+--num  int 1..  100  sample grid  images of each digit; grid: of each guidance weight
+--sampler  SAMPLERS  "dpm++"  sample grid  DPM-Solver++(2M), DDIM, or DDPM over all T steps
+--sample-steps  int 1..  7  sample grid  network calls of dpm++ and ddim
+--eta  float 0..1  0.0  sample grid  ddim: 0 deterministic, 1 as noisy as ddpm
+--guidance  float 0..  2.0  sample grid  w of (1 + w) out(x, y) - w out(x, null); 0: none
+--guidance-interval  float 0..1 x2  [0.3, 0.95]  sample grid  the part of the time t / T with guidance
+--last-time  float 0..0.9  0.08  sample grid  dpm++: the time t / T of its last call
+--guide  FILE  None  sample grid  a weaker network, whose mistakes the sampler avoids (2406.02507)
+--autoguidance  float 0..  1.4  sample grid  how far from the guide; 1 is the network alone
+--states  int 0.. x+  None  grid  after which sampler steps the reverse process is shown; None: six, evenly
+"""
+CHOICES = dict(REPORTS=tuple(REPORTS), ARCHS=("unet", *REPORT_NETWORKS), SAMPLERS=SAMPLERS, PATCHES=(1, 2, 4))
+CHOICES |= dict(
+    PRECISIONS=("auto", "bf16", "float32"), OPTIMIZERS=("adamw", "adam"), PREDICTIONS=("v", "eps")
+)
+CHOICES |= dict(RATES=("sqrt", "constant", "linear", "cosine"), SCHEDULES=("cosine", "linear"))
+CHOICES |= dict(SPREADS=("stratified", "uniform"))
+
 
 def settings_of(args, images, steps):
     """What a checkpoint keeps of a training; `steps` where the rate ends with the run."""
@@ -958,7 +1011,7 @@ def check_training_set(args, images, labels):
 
 
 def presets(args):
-    """The defaults of this --mode, --report, --guide and --fast that are not those of add_options."""
+    """The defaults of this --mode, --report, --guide and --fast that are not those of OPTIONS."""
     name = f"{NAME}_{args.report}" if args.report else NAME
     defaults = {"ckpt": find_ckpt(name, args.mode), "clamp": True, "variance": "posterior"}
     if args.report:
@@ -974,89 +1027,9 @@ def presets(args):
     return defaults
 
 
-def add_options(p):
-    """The options of this script, with our defaults."""
-    positive = number(int, 1)
-    zero_up = number(float, 0)
-    share = number(float, 0, 1)
-    add(p, "--ckpt", str, None, "", "checkpoint to write or read, its log.csv beside it", metavar="FILE")
-    modes = "train sample grid"
-    add(
-        p,
-        "--report",
-        tuple(REPORTS),
-        None,
-        modes,
-        "preset: network, training, sampler of a report (see REPORTS)",
-    )
-    add(p, "--seed", number(int, 0, 2**32 - 1), 0, modes, "of training and of all noise")
-    text = "auto: bf16 autocast where the hardware is fast at it"
-    add(p, "--precision", ("auto", "bf16", "float32"), "auto", modes, text)
-    add(
-        p, "--data", str, None, "train eval grid", "the course's layout; None: built-in digits", metavar="DIR"
-    )
-    add(p, "--out", str, None, "sample eval grid", "folder for results; eval: a JSON file", metavar="PATH")
-    add(p, "--input", str, "samples", "eval", "folder of images", metavar="DIR")
-    text = "weights in the course's format; None: ours, or trained on --data"
-    add(p, "--classifier", str, None, "eval grid", text, metavar="FILE")
-    add(p, "--batch-size", positive, 64, "train sample", "images per step; sample: images at a time")
-
-    add(p, "--fast", bool, False, "train", "preset for a CPU and some minutes")
-    add(p, "--resume", bool, False, "train", "go on from --ckpt, or from weights alone")
-    add(
-        p,
-        "--steps",
-        positive,
-        10000,
-        "train",
-        "more with --resume prolong the run, unless the rate ends at 0",
-    )
-    add(p, "--epochs", positive, None, "train", "passes over the images, instead of --steps")
-    add(p, "--optimizer", ("adamw", "adam"), "adamw", "train", "AdamW or Adam")
-    add(p, "--lr", zero_up, 1e-3, "train", "peak learning rate")
-    add(p, "--betas", share, [0.9, 0.99], "train", "of the optimiser", nargs=2)
-    add(p, "--weight-decay", zero_up, 0.0, "train", "of the optimiser")
-    schedules = ("sqrt", "constant", "linear", "cosine")
-    add(p, "--lr-schedule", schedules, "sqrt", "train", "how the rate falls; linear and cosine end at 0")
-    add(p, "--clip", zero_up, 1.0, "train", "largest norm of the gradient, or inf")
-    text = "longest average of the weights: decay of an exponential one; 1: the last tenth; 0: none"
-    add(p, "--ema", share, 1.0, "train", text)
-    add(p, "--label-dropout", share, 0.1, "train", "share of labels replaced by the null class")
-    add(p, "--gamma", zero_up, 5.0, "train", "min-SNR weighting; 0: none")
-    add(p, "--prediction", ("v", "eps"), "v", "train", "what the network predicts")
-    add(p, "--schedule", ("cosine", "linear"), "cosine", "train", "noise schedule")
-    add(p, "--beta-end", number(float, 1e-4, 0.999), 0.02, "train", "last beta of the linear schedule")
-    add(p, "--T", number(int, 2), 400, "train", "number of diffusion steps")
-    text = "diffusion steps of a batch: evenly spread, or each drawn for itself"
-    add(p, "--t-sampling", ("stratified", "uniform"), "stratified", "train", text)
-    add(p, "--arch", ("unet", *REPORT_NETWORKS), "unet", "train", "ours, or a report's; context is 2023's")
-    text = "unet: width at each resolution, multiples of 32"
-    add(p, "--channels", number(int, 32), [64, 128], "train", text, nargs="+")
-    add(p, "--blocks", positive, 1, "train", "unet: residual blocks per resolution")
-    add(p, "--patch", (1, 2, 4), 2, "train", "unet: pixels folded into channels at the entrance", type=int)
-    add(p, "--dropout", share, 0.0, "train", "unet, 2022b: in the residual blocks")
-    add(p, "--width", number(int, 8), 216, "train", "context: number of features, a multiple of 8")
-
-    modes = "sample grid"
-    add(p, "--num", positive, 100, modes, "images of each digit; grid: of each guidance weight")
-    add(p, "--sampler", SAMPLERS, "dpm++", modes, "DPM-Solver++(2M), DDIM, or DDPM over all T steps")
-    add(p, "--sample-steps", positive, CALLS, modes, "network calls of dpm++ and ddim")
-    add(p, "--eta", share, 0.0, modes, "ddim: 0 deterministic, 1 as noisy as ddpm")
-    add(p, "--guidance", zero_up, GUIDANCE, modes, "w of (1 + w) out(x, y) - w out(x, null); 0: none")
-    add(p, "--guidance-interval", share, INTERVAL, modes, "part of the time t / T with guidance", nargs=2)
-    add(p, "--last-time", number(float, 0, 0.9), LAST, modes, "dpm++: the time t / T of its last call")
-    text = "a checkpoint, trained less or smaller, whose mistakes the sampler avoids (2406.02507)"
-    add(p, "--guide", str, None, modes, text, metavar="FILE")
-    add(p, "--autoguidance", zero_up, 1.4, modes, "how far from the guide; 1 is the network alone")
-    text = "after which sampler steps the reverse process is shown; None: six, evenly"
-    add(p, "--states", number(int, 0), None, "grid", text, nargs="+")
-
-
 def parse_args(argv=None):
     """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
-    p = new_parser()
-    add_options(p)
-    args = parse(p, argv, presets)
+    args = parse(new_parser(OPTIONS, **CHOICES), argv, presets)
     low, high = args.guidance_interval
     uses = [
         (args.sampler == "dpm++", "--sampler dpm++", "last-time"),
@@ -1321,14 +1294,14 @@ class Run:
 
     def lock(self):
         """Refuses a second training on this checkpoint; the lock ends with the process, however it ends."""
-        path = Path(f"{self.args.ckpt}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 (a folder that cannot be written shows now, not after hours)
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fail(f"--ckpt {self.args.ckpt}: another training writes it; give another")
+        Path(self.args.ckpt).parent.mkdir(parents=True, exist_ok=True)
+        file = open(f"{self.args.ckpt}.lock", "w")  # noqa: SIM115 (what cannot be written shows now)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"--ckpt {self.args.ckpt}: another training writes it; give another")
+        except OSError:  # a file system without locks
+            pass
         return file
 
     def agree_to_stop(self):
@@ -1385,17 +1358,15 @@ class Run:
     def resume(self):
         """Loads args.ckpt into the parts; raises ValueError where settings, images or labels differ.
 
-        A file of --mode export has averaged weights alone: the networks start from them, the optimisers anew,
-        and only the network's settings must be the same.
+        Of averaged weights alone, as in .weights/, only the network's settings count; optimisers start anew.
         """
         path = self.args.ckpt
         ckpt = load_checkpoint(path)
         alone = "rng" not in ckpt
         old = {**ckpt["args"], "data": ckpt.get("data")}
         new = {**self.settings, "data": self.data}
-        if alone:
-            new = {key: new[key] for key in NETWORK}
-        differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
+        names = [name for name in (NETWORK if alone else new) if new[name] != old.get(name)]
+        differ = [f"{name} {new[name]} (checkpoint: {old.get(name)})" for name in names]
         if differ:
             raise ValueError(f"--resume {path} with other settings: {', '.join(differ)}")
         self.step = ckpt["step"]
@@ -1404,15 +1375,13 @@ class Run:
             raise ValueError(f"--resume {path}: is at step {self.step}, expected fewer than {self.steps}")
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
-                source = "ema" if alone and name == "model" else name
-                load_weights(part, ckpt.get(source, {}), path)
+                load_weights(part, ckpt.get("ema" if alone and name == "model" else name, {}), path)
             elif not alone:
                 part.load_state_dict(ckpt[name])
                 for parameter, state in part.state.items():  # a GPU has them in channels_last
                     for key in ("exp_avg", "exp_avg_sq"):
                         state[key] = torch.empty_like(parameter).copy_(state[key])
         if alone:
-            self.say(f"{path}: averaged weights of {self.step} steps, fresh optimisers")
             torch.manual_seed(self.args.seed + self.step)
             return
         self.log = ckpt["log"]
@@ -1449,44 +1418,59 @@ def fail(message):
     raise ValueError(message)
 
 
-def number(kind, low, high=math.inf):
-    """argparse type: a number of `kind` in [low, high]."""
+def number(kind):
+    """argparse type of a range: `int 1..`, `float 0..1`."""
+    of, low, high = re.fullmatch(r"(int|float) (.*)\.\.(.*)", kind).groups()
+    cast = {"int": int, "float": float}[of]
 
     def convert(text):
-        if not low <= kind(text) <= high:  # nan is nowhere
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} to {high}")
-        return kind(text)
+        if not float(low) <= cast(text) <= float(high or sys.float_info.max):  # nan is nowhere
+            raise argparse.ArgumentTypeError(f"{text}: expected {kind}")
+        return cast(text)
 
-    convert.__name__ = kind.__name__
+    convert.__name__ = of
     return convert
 
 
-def add(p, name, kind, default, modes, text, **more):
-    """An option of some --modes, or of all (""): `kind` is its type, a tuple of choices, bool: a switch."""
-    p.modes[name] = modes.split() or list(MODES)
+def add_option(p, line, choices):
+    """Adds an option to a parser from a line: name, kind, default, --modes and help, two spaces apart.
+
+    kind: a range such as `int 1..9`, a name in `choices`, `switch`, or any other word. x2, x+, x*: a list.
+    """
+    name, kind, default, modes, text = re.split("  +", line, maxsplit=4)
+    kind, _, nargs = kind.partition(" x")
+    how = dict(dest=name[2:].removeprefix("no-").replace("-", "_"), default=ast.literal_eval(default))
+    if kind == "switch":
+        how["action"] = "store_false" if how["default"] else "store_true"
+    else:
+        text += " (default: %(default)s)"
+        how["nargs"] = int(nargs) if nargs.isdecimal() else nargs or None
+    if kind in choices:
+        how.update(choices=choices[kind], type=type(choices[kind][0]), metavar=kind if nargs else None)
+    elif ".." in kind:
+        how.update(type=number(kind), metavar=kind.split()[0].upper())
+    elif kind != "switch":
+        how["metavar"] = kind
+    p.modes[name] = list(MODES) if modes == "all" else modes.split()
     title = f"of --mode {modes}" if len(p.modes[name]) == 1 else "of several modes"
     if title not in p.groups:
         p.groups[title] = p.add_argument_group(title)
-    how = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
-    if isinstance(kind, tuple):
-        how = {"choices": kind}
-    if kind is bool:
-        how = {"action": "store_true"}
-    else:
-        text += " (default: %(default)s)"
-    p.groups[title].add_argument(name, default=default, help=text, **how | more)
+    p.groups[title].add_argument(name, help=text, **how)
 
 
-def new_parser():
-    """A parser with the options that all modes have."""
+def new_parser(table, **choices):
+    """A parser with the options of a table, as add_option takes its lines, and --mode and --device."""
     style = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=30)
     usage = f"python {NAME}.py --mode MODE [--option value ...]"
     p = argparse.ArgumentParser(NAME, usage, __doc__, formatter_class=style, allow_abbrev=False)
     p.error = fail
     p.modes = {}
     p.groups = {}
-    add(p, "--mode", tuple(MODES), "train", "", "what to do")
-    add(p, "--device", str, "auto", "", "auto, cpu, cuda or cuda:N", metavar="NAME")
+    table = (
+        "--mode  MODES  'train'  all  what to do\n--device  NAME  'auto'  all  cpu, cuda or cuda:N" + table
+    )
+    for line in table.strip().splitlines():
+        add_option(p, line, {"MODES": tuple(MODES), **choices})
     return p
 
 

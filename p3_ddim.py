@@ -21,6 +21,7 @@ The method is what stands above `# evaluate and plots`, in reading order.
 
 # SPDX-License-Identifier: MIT
 import argparse
+import ast
 import contextlib
 import fcntl
 import functools
@@ -783,6 +784,37 @@ SHARED = ("train", "sample")  # the modes that torchrun's processes share
 NETWORK = ("channels", "blocks", "attention", "dropout", "size")
 TRAINING = ("batch_size", "lr", "gamma", "seed")
 
+OPTIONS = """
+--ckpt  FILE  None  train invert DRAWING  checkpoint to write or read, or the course's UNet.pt
+--precision  PRECISIONS  "auto"  train invert DRAWING  auto: bf16 where it is fast, but not for UNet.pt
+--batch-size  int 1..  None  train invert DRAWING  images per step; elsewhere at a time, None: 256x256 pixels
+--seed  int 0..4294967295  0  train noise DRAWING  of training and of all noise
+--size  int 8..  None  train noise invert DRAWING  height and width of the images; None: the network's
+--data  DIR  None  train eval invert  the course's layout; None: built-in faces
+--out  PATH  None  noise eval mse invert DRAWING  folder for results; eval, mse: a JSON file
+--input  DIR  "samples"  eval mse invert  folder of images; invert without one: eight faces of --data
+--gt  DIR  "face/GT"  mse  ground truth with the same file names
+--inception  FILE  None  eval  pytorch-fid's Inception weights; None: downloaded once
+--fast  switch  False  train  preset for a CPU and some minutes
+--resume  switch  False  train  go on from --ckpt, or from weights alone
+--steps  int 1..  20000  train  in all; more with --resume prolong the run
+--lr  float 0..  1e-3  train  peak learning rate of AdamW
+--gamma  float 0..  5.0  train  min-SNR weighting; 0: none
+--channels  int 32.. x+  [32, 64, 128, 256]  train  width at each resolution, multiples of 32
+--blocks  int 1..  1  train  residual blocks per resolution
+--attention  int 1.. x*  [8]  train  strides with attention
+--dropout  float 0..1  0.0  train  in the residual blocks
+--noise  DIR  None  DRAWING  folder of (1, 3, H, W) noises NN.pt; None: drawn from --seed
+--sampler  SAMPLERS  "ddim"  DRAWING  DDIM, DPM-Solver++(2M), or DDPM over all 1000 steps
+--sample-steps  int 1..500  50  invert DRAWING  network calls of ddim and dpm++
+--eta  float 0..1 x+  [0.0]  sample eta-grid grid  ddim: 1 is as noisy as ddpm; eta-grid: its rows
+--guide  FILE  None  DRAWING  a weaker network, whose mistakes the sampler avoids (2406.02507)
+--autoguidance  float 0..  1.4  DRAWING  how far from the guide; 1 is the network alone
+--num  int 1..  1000  sample invert  images without --noise; invert: at most so many
+--iterations  int 1..  3  invert  network calls per step; 1: the usual inversion
+""".replace("DRAWING", "sample eta-grid interpolate grid")
+CHOICES = dict(SAMPLERS=SAMPLERS, PRECISIONS=("auto", "bf16", "float32"))
+
 
 def check_size(sides, settings, what):
     """Raises ValueError unless the network of `settings` can halve these heights and widths."""
@@ -816,7 +848,7 @@ def check_noise(noise, settings, what):
 
 
 def presets(args):
-    """The defaults of this --mode, --fast, --guide and --sampler that are not those of add_options."""
+    """The defaults of this --mode, --fast, --guide and --sampler that are not those of OPTIONS."""
     defaults = {
         "train": {"size": 64, "batch_size": 32},
         "sample": {"out": "samples"},
@@ -836,64 +868,9 @@ def presets(args):
     return defaults
 
 
-def add_options(p):
-    """The options of this script, with our defaults."""
-    positive = number(int, 1)
-    zero_up = number(float, 0)
-    share = number(float, 0, 1)
-    drawing = "sample eta-grid interpolate grid"
-    text = "checkpoint to write or read, its log.csv beside it, or the course's UNet.pt"
-    add(p, "--ckpt", str, None, f"train invert {drawing}", text, metavar="FILE")
-    text = "auto: bf16 autocast where the hardware is fast at it, but not for the course's network"
-    precisions = ("auto", "bf16", "float32")
-    add(p, "--precision", precisions, "auto", f"train invert {drawing}", text)
-    text = "images per step; elsewhere at a time, None: with the pixels of one of 256x256"
-    add(p, "--batch-size", positive, None, f"train invert {drawing}", text)
-    seed = number(int, 0, 2**32 - 1)
-    add(p, "--seed", seed, 0, f"train noise {drawing}", "of training and of all noise")
-    text = "height and width of the images; None: the network's"
-    add(p, "--size", number(int, 8), None, f"train noise invert {drawing}", text)
-    text = "the course's layout; None: built-in faces"
-    add(p, "--data", str, None, "train eval invert", text, metavar="DIR")
-    text = "folder for results; eval, mse: a JSON file"
-    add(p, "--out", str, None, f"noise eval mse invert {drawing}", text, metavar="PATH")
-    text = "folder of images; invert without one: eight faces of --data"
-    add(p, "--input", str, "samples", "eval mse invert", text, metavar="DIR")
-    add(p, "--gt", str, "face/GT", "mse", "ground truth with the same file names", metavar="DIR")
-    text = "pytorch-fid's Inception weights; None: downloaded once"
-    add(p, "--inception", str, None, "eval", text, metavar="FILE")
-
-    add(p, "--fast", bool, False, "train", "preset for a CPU and some minutes")
-    add(p, "--resume", bool, False, "train", "go on from --ckpt, or from weights alone")
-    add(p, "--steps", positive, 20000, "train", "in all; more with --resume prolong the run")
-    add(p, "--lr", zero_up, 1e-3, "train", "peak learning rate of AdamW")
-    add(p, "--gamma", zero_up, 5.0, "train", "min-SNR weighting; 0: none")
-    text = "width at each resolution, multiples of 32"
-    add(p, "--channels", number(int, 32), [32, 64, 128, 256], "train", text, nargs="+")
-    add(p, "--blocks", positive, 1, "train", "residual blocks per resolution")
-    add(p, "--attention", positive, [8], "train", "strides with attention", nargs="*")
-    add(p, "--dropout", share, 0.0, "train", "in the residual blocks")
-
-    text = "folder of (1, 3, H, W) noises NN.pt; None: drawn from --seed"
-    add(p, "--noise", str, None, drawing, text, metavar="DIR")
-    add(p, "--sampler", SAMPLERS, "ddim", drawing, "DDIM, DPM-Solver++(2M), or DDPM over all 1000 steps")
-    text = "a checkpoint, trained less or smaller, whose mistakes the sampler avoids (2406.02507)"
-    add(p, "--guide", str, None, drawing, text, metavar="FILE")
-    add(p, "--autoguidance", zero_up, 1.4, drawing, "how far from the guide; 1 is the network alone")
-    text = "network calls of ddim and dpm++"
-    add(p, "--sample-steps", number(int, 1, T // 2), 50, f"invert {drawing}", text)
-    text = "ddim: 0 deterministic, 1 as noisy as ddpm; eta-grid: its rows"
-    add(p, "--eta", share, [0.0], "sample eta-grid grid", text, nargs="+")
-    add(p, "--num", positive, 1000, "sample invert", "images without --noise; invert: at most so many")
-    text = "network calls per step; 1: the usual inversion"
-    add(p, "--iterations", positive, 3, "invert", text)
-
-
 def parse_args(argv=None):
     """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
-    p = new_parser()
-    add_options(p)
-    args = parse(p, argv, presets)
+    args = parse(new_parser(OPTIONS, **CHOICES), argv, presets)
     uses = [
         (args.noise is None, "no --noise", "size num"),
         (args.sampler != "ddpm", "--sampler ddim or dpm++", "sample-steps"),
@@ -1153,14 +1130,14 @@ class Run:
 
     def lock(self):
         """Refuses a second training on this checkpoint; the lock ends with the process, however it ends."""
-        path = Path(f"{self.args.ckpt}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 (a folder that cannot be written shows now, not after hours)
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fail(f"--ckpt {self.args.ckpt}: another training writes it; give another")
+        Path(self.args.ckpt).parent.mkdir(parents=True, exist_ok=True)
+        file = open(f"{self.args.ckpt}.lock", "w")  # noqa: SIM115 (what cannot be written shows now)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"--ckpt {self.args.ckpt}: another training writes it; give another")
+        except OSError:  # a file system without locks
+            pass
         return file
 
     def agree_to_stop(self):
@@ -1217,17 +1194,15 @@ class Run:
     def resume(self):
         """Loads args.ckpt into the parts; raises ValueError where settings, images or labels differ.
 
-        A file of --mode export has averaged weights alone: the networks start from them, the optimisers anew,
-        and only the network's settings must be the same.
+        Of averaged weights alone, as in .weights/, only the network's settings count; optimisers start anew.
         """
         path = self.args.ckpt
         ckpt = load_checkpoint(path)
         alone = "rng" not in ckpt
         old = {**ckpt["args"], "data": ckpt.get("data")}
         new = {**self.settings, "data": self.data}
-        if alone:
-            new = {key: new[key] for key in NETWORK}
-        differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
+        names = [name for name in (NETWORK if alone else new) if new[name] != old.get(name)]
+        differ = [f"{name} {new[name]} (checkpoint: {old.get(name)})" for name in names]
         if differ:
             raise ValueError(f"--resume {path} with other settings: {', '.join(differ)}")
         self.step = ckpt["step"]
@@ -1236,15 +1211,13 @@ class Run:
             raise ValueError(f"--resume {path}: is at step {self.step}, expected fewer than {self.steps}")
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
-                source = "ema" if alone and name == "model" else name
-                load_weights(part, ckpt.get(source, {}), path)
+                load_weights(part, ckpt.get("ema" if alone and name == "model" else name, {}), path)
             elif not alone:
                 part.load_state_dict(ckpt[name])
                 for parameter, state in part.state.items():  # a GPU has them in channels_last
                     for key in ("exp_avg", "exp_avg_sq"):
                         state[key] = torch.empty_like(parameter).copy_(state[key])
         if alone:
-            self.say(f"{path}: averaged weights of {self.step} steps, fresh optimisers")
             torch.manual_seed(self.args.seed + self.step)
             return
         self.log = ckpt["log"]
@@ -1281,44 +1254,59 @@ def fail(message):
     raise ValueError(message)
 
 
-def number(kind, low, high=math.inf):
-    """argparse type: a number of `kind` in [low, high]."""
+def number(kind):
+    """argparse type of a range: `int 1..`, `float 0..1`."""
+    of, low, high = re.fullmatch(r"(int|float) (.*)\.\.(.*)", kind).groups()
+    cast = {"int": int, "float": float}[of]
 
     def convert(text):
-        if not low <= kind(text) <= high:  # nan is nowhere
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} to {high}")
-        return kind(text)
+        if not float(low) <= cast(text) <= float(high or sys.float_info.max):  # nan is nowhere
+            raise argparse.ArgumentTypeError(f"{text}: expected {kind}")
+        return cast(text)
 
-    convert.__name__ = kind.__name__
+    convert.__name__ = of
     return convert
 
 
-def add(p, name, kind, default, modes, text, **more):
-    """An option of some --modes, or of all (""): `kind` is its type, a tuple of choices, bool: a switch."""
-    p.modes[name] = modes.split() or list(MODES)
+def add_option(p, line, choices):
+    """Adds an option to a parser from a line: name, kind, default, --modes and help, two spaces apart.
+
+    kind: a range such as `int 1..9`, a name in `choices`, `switch`, or any other word. x2, x+, x*: a list.
+    """
+    name, kind, default, modes, text = re.split("  +", line, maxsplit=4)
+    kind, _, nargs = kind.partition(" x")
+    how = dict(dest=name[2:].removeprefix("no-").replace("-", "_"), default=ast.literal_eval(default))
+    if kind == "switch":
+        how["action"] = "store_false" if how["default"] else "store_true"
+    else:
+        text += " (default: %(default)s)"
+        how["nargs"] = int(nargs) if nargs.isdecimal() else nargs or None
+    if kind in choices:
+        how.update(choices=choices[kind], type=type(choices[kind][0]), metavar=kind if nargs else None)
+    elif ".." in kind:
+        how.update(type=number(kind), metavar=kind.split()[0].upper())
+    elif kind != "switch":
+        how["metavar"] = kind
+    p.modes[name] = list(MODES) if modes == "all" else modes.split()
     title = f"of --mode {modes}" if len(p.modes[name]) == 1 else "of several modes"
     if title not in p.groups:
         p.groups[title] = p.add_argument_group(title)
-    how = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
-    if isinstance(kind, tuple):
-        how = {"choices": kind}
-    if kind is bool:
-        how = {"action": "store_true"}
-    else:
-        text += " (default: %(default)s)"
-    p.groups[title].add_argument(name, default=default, help=text, **how | more)
+    p.groups[title].add_argument(name, help=text, **how)
 
 
-def new_parser():
-    """A parser with the options that all modes have."""
+def new_parser(table, **choices):
+    """A parser with the options of a table, as add_option takes its lines, and --mode and --device."""
     style = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=30)
     usage = f"python {NAME}.py --mode MODE [--option value ...]"
     p = argparse.ArgumentParser(NAME, usage, __doc__, formatter_class=style, allow_abbrev=False)
     p.error = fail
     p.modes = {}
     p.groups = {}
-    add(p, "--mode", tuple(MODES), "train", "", "what to do")
-    add(p, "--device", str, "auto", "", "auto, cpu, cuda or cuda:N", metavar="NAME")
+    table = (
+        "--mode  MODES  'train'  all  what to do\n--device  NAME  'auto'  all  cpu, cuda or cuda:N" + table
+    )
+    for line in table.strip().splitlines():
+        add_option(p, line, {"MODES": tuple(MODES), **choices})
     return p
 
 

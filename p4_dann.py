@@ -18,6 +18,7 @@ training images); 6 minutes a network on one core of an AMD EPYC.
 
 # SPDX-License-Identifier: MIT
 import argparse
+import ast
 import contextlib
 import csv
 import fcntl
@@ -808,7 +809,6 @@ METHODS = {
 }
 ARCHS = ("deep", "small", "paper", "dann", "large", *TINY)
 SOURCE = {"mnistm": "svhn", "svhn": "mnistm", "usps": "mnistm"}  # the course's source of each target
-SCENARIOS = ["mnistm-svhn", "mnistm-usps", "usps-mnistm", "svhn-mnistm", "usps-svhn"]
 # settings that a checkpoint keeps: --resume refuses others
 NETWORK = ("arch", "report", "dropout2d", "training", "labelled", "unlabelled")
 TRAINING = (
@@ -822,6 +822,44 @@ TRAINING = (
     "domain_weight",
     "seed",
 )
+
+OPTIONS = """
+--method  METHODS  "dann-mt"  train predict tsne  what learns, and from which labels
+--source  DOMAINS  None  train predict tsne  labelled domain; None: svhn for target mnistm, else mnistm
+--target  DOMAINS  None  train predict tsne  to adapt to; predict: None: of --input's path; tsne: of --ckpt
+--seed  int 0..4294967295  0  train predict tsne  of training and of tsne
+--report  REPORTS  None  train predict table tsne  preset: network, input and training of a report
+--ckpt  FILE x+  None  train predict table tsne  to write or read; predict: several vote; table: their folder
+--arch  ARCHS  None  train predict table tsne  None: deep, ours; small: 2022b's, paper: 2023's
+--no-dropout2d  switch  True  train predict table tsne  tiny: without it, which 2021 found important
+--data  DIR  None  train table tsne  the course's layout; None: built-in digits
+--out  PATH  None  predict table tsne  a CSV file; table, tsne: a folder
+--input  PATH  None  predict eval  predict: folder of images; eval: a CSV file
+--gt  FILE  None  eval  CSV of true labels
+--fast  switch  False  train table  preset for a CPU and a minute
+--resume  switch  False  train  go on from --ckpt
+--precision  PRECISIONS  "auto"  train table  auto: bf16 autocast where the hardware is fast at it
+--steps  int 1..  2000  train table  in all; no run is prolonged, because the schedules depend on it
+--epochs  int 1..  None  train table  passes over the labelled images, instead of --steps
+--batch-size  int 2..  64  train table  images per step, of each domain
+--optimizer  OPTIMIZERS  "adamw"  train table  AdamW, Adam or RAdam
+--lr  float 0..  1e-3  train table  initial learning rate
+--betas  float 0..0.9999 x2  [0.9, 0.99]  train table  of the optimiser
+--weight-decay  float 0..  1e-4  train table  of the optimiser
+--decay  DECAYS  None  train table  of the rate; None: linear for dann-mt, else paper
+--clip  float 1e-9..inf  10.0  train table  largest norm of the gradient
+--domain-weight  float 0..  1.0  train table  reports: weight of the domain loss
+--methods  METHODS x+  ["source", "dann", "target", "source-aug", "dann-mt"]  table  its rows
+--scenarios  SOURCE-TARGET x+  SCENARIOS  table  its columns
+--seeds  int 0..4294967295 x+  [0, 1, 2]  table  of each cell
+--num  int 10..  1000  tsne  images of each domain
+"""
+SCENARIOS = ["mnistm-svhn", "mnistm-usps", "usps-mnistm", "svhn-mnistm", "usps-svhn"]
+OPTIONS = OPTIONS.replace("SCENARIOS", str(SCENARIOS))
+CHOICES = dict(METHODS=tuple(METHODS), DOMAINS=DOMAINS, REPORTS=tuple(REPORTS), ARCHS=ARCHS)
+CHOICES["SOURCE-TARGET"] = tuple(f"{a}-{b}" for a, b in itertools.permutations(DOMAINS, 2))
+CHOICES |= dict(PRECISIONS=("auto", "bf16", "float32"), OPTIMIZERS=("adamw", "adam", "radam"))
+CHOICES |= dict(DECAYS=("paper", "linear", "none", "thirds"))
 
 
 def settings_of(args, images):
@@ -894,11 +932,11 @@ def settle(args, **changes):
 
 
 def presets(args):
-    """The defaults of this --mode, --report, --fast, method and domains, but those of add_options."""
+    """The defaults of this --mode, --report, --fast, method and domains, but those of OPTIONS."""
     defaults = {
         "predict": {"out": "pred.csv"},
         "eval": {"input": "pred.csv"},
-        "table": {"out": "table", "ckpts": ["checkpoints"]},
+        "table": {"out": "table", "ckpt": ["checkpoints"]},
         "tsne": {"out": "p4_figures"},
     }.get(args.mode, {})
     if args.report:
@@ -908,7 +946,7 @@ def presets(args):
     if args.mode == "predict" and args.input:
         defaults["target"] = domain_of(args.input)
     if args.mode in ("train", "tsne") or (args.mode == "predict" and args.target):
-        defaults["ckpts"] = [find_ckpt(settle(args).name, args.mode)]
+        defaults["ckpt"] = [find_ckpt(settle(args).name, args.mode)]
     if args.mode == "train":  # what holds for its one method and its domains
         own = settle(args)
         defaults |= dict(source=own.source, target=own.target, arch=own.arch)
@@ -919,73 +957,9 @@ def presets(args):
     return defaults
 
 
-def add_options(p):
-    """The options of this script, with our defaults."""
-    positive = number(int, 1)
-    zero_up = number(float, 0)
-    seed = number(int, 0, 2**32 - 1)
-    modes = "train predict tsne"
-    text = "source, source-aug (augmented): on the source alone; dann, dann-mt: adapt; target: on its labels"
-    add(p, "--method", tuple(METHODS), "dann-mt", modes, text)
-    add(p, "--source", DOMAINS, None, modes, "labelled domain; None: svhn for target mnistm, else mnistm")
-    text = "to adapt to; None: usps, or svhn for source usps; predict: of --input's path; tsne: of --ckpt"
-    add(p, "--target", DOMAINS, None, modes, text)
-    add(p, "--seed", seed, 0, modes, "of training and of tsne")
-    modes = "train predict table tsne"
-    add(
-        p,
-        "--report",
-        tuple(REPORTS),
-        None,
-        modes,
-        "preset: network, input, training of a report (see REPORTS)",
-    )
-    text = "checkpoint to write or read, its log.csv beside it; predict: several vote; table: their folder"
-    add(p, "--ckpt", str, None, modes, text, metavar="FILE", nargs="+", dest="ckpts")
-    text = "deep: ours; small: 2022b's, paper: 2023's, dann: the paper's, others: 2021's; None: as --report"
-    add(p, "--arch", ARCHS, None, modes, text)
-    text = "tiny: without Dropout2d, which 2021 found important"
-    add(p, "--no-dropout2d", bool, True, modes, text, dest="dropout2d", action="store_false")
-    text = "the course's layout; None: built-in digits"
-    add(p, "--data", str, None, "train table tsne", text, metavar="DIR")
-    text = "a CSV file; table, tsne: a folder"
-    add(p, "--out", str, None, "predict table tsne", text, metavar="PATH")
-    add(
-        p, "--input", str, None, "predict eval", "predict: folder of images; eval: a CSV file", metavar="PATH"
-    )
-    add(p, "--gt", str, None, "eval", "CSV of true labels", metavar="FILE")
-
-    modes = "train table"
-    add(p, "--fast", bool, False, modes, "preset for a CPU and a minute")
-    add(p, "--resume", bool, False, "train", "go on from --ckpt")
-    text = "auto: bf16 autocast where the hardware is fast at it"
-    add(p, "--precision", ("auto", "bf16", "float32"), "auto", modes, text)
-    add(
-        p, "--steps", positive, 2000, modes, "in all; no run is prolonged, because the schedules depend on it"
-    )
-    add(p, "--epochs", positive, None, modes, "passes over the labelled images, instead of --steps")
-    add(p, "--batch-size", number(int, 2), 64, modes, "images per step, of each domain")
-    add(p, "--optimizer", ("adamw", "adam", "radam"), "adamw", modes, "AdamW, Adam or RAdam")
-    add(p, "--lr", zero_up, 1e-3, modes, "initial learning rate")
-    add(p, "--betas", number(float, 0, 0.9999), [0.9, 0.99], modes, "of the optimiser", nargs=2)
-    add(p, "--weight-decay", zero_up, 1e-4, modes, "of the optimiser")
-    text = "of the rate: the paper's; to 0; a tenth at 1/3 and 2/3; None: linear for dann-mt, else paper"
-    add(p, "--decay", ("paper", "linear", "none", "thirds"), None, modes, text)
-    add(p, "--clip", zero_up, 10.0, modes, "largest norm of the gradient, or inf")
-    add(p, "--domain-weight", zero_up, 1.0, modes, "reports: weight of the domain loss")
-
-    pairs = tuple(f"{source}-{target}" for source, target in itertools.permutations(DOMAINS, 2))
-    add(p, "--methods", tuple(METHODS), [*METHODS], "table", "rows", nargs="+", metavar="METHOD")
-    add(p, "--scenarios", pairs, SCENARIOS, "table", "columns", nargs="+", metavar="SOURCE-TARGET")
-    add(p, "--seeds", seed, [0, 1, 2], "table", "of each cell", nargs="+")
-    add(p, "--num", number(int, 10), 1000, "tsne", "images of each domain")
-
-
 def parse_args(argv=None):
     """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
-    p = new_parser()
-    add_options(p)
-    args = parse(p, argv, presets)
+    args = parse(new_parser(OPTIONS, **CHOICES), argv, presets)
     named = args.mode in ("train", "table") or "--ckpt" not in args.given
     uses = [
         (named, "no --ckpt, which says it", "method report arch no-dropout2d"),
@@ -995,7 +969,7 @@ def parse_args(argv=None):
     foreign = [method for method in methods if args.report and method not in EVERY_REPORT["methods"]]
     archs = REPORT_ARCHS[args.report] if args.report else ["deep", "small", "paper"]
     headless = "dann-mt" in methods and args.arch not in (None, "deep")
-    lost = args.mode == "predict" and args.ckpts is None
+    lost = args.mode == "predict" and args.ckpt is None
     contradictions = [
         ({"--epochs", "--steps"} <= args.given, "--epochs and --steps: expected one of them"),
         (foreign, f"--report {args.report} with method {foreign}: it has {EVERY_REPORT['methods']}"),
@@ -1004,10 +978,7 @@ def parse_args(argv=None):
         (args.mode == "eval" and args.gt is None, "--mode eval needs --gt FILE, the CSV of true labels"),
         (args.mode == "predict" and args.input is None, "--mode predict needs --input DIR, the images"),
         (lost, f"--input {args.input}: no part of the path names one of {DOMAINS}; pass --target or --ckpt"),
-        (
-            len(args.ckpts or []) > 1 and args.mode != "predict",
-            "--ckpt: takes one; only --mode predict votes",
-        ),
+        (len(args.ckpt or []) > 1 and args.mode != "predict", "--ckpt: takes one; only --mode predict votes"),
     ]
     refuse(args, uses, contradictions)
     if "--epochs" in args.given:
@@ -1017,6 +988,7 @@ def parse_args(argv=None):
     if args.mode == "train":
         args = settle(args)
     if args.mode != "eval":
+        args.ckpts = args.ckpt
         args.ckpt = args.ckpts[0]
     return args
 
@@ -1273,14 +1245,14 @@ class Run:
 
     def lock(self):
         """Refuses a second training on this checkpoint; the lock ends with the process, however it ends."""
-        path = Path(f"{self.args.ckpt}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 (a folder that cannot be written shows now, not after hours)
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fail(f"--ckpt {self.args.ckpt}: another training writes it; give another")
+        Path(self.args.ckpt).parent.mkdir(parents=True, exist_ok=True)
+        file = open(f"{self.args.ckpt}.lock", "w")  # noqa: SIM115 (what cannot be written shows now)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"--ckpt {self.args.ckpt}: another training writes it; give another")
+        except OSError:  # a file system without locks
+            pass
         return file
 
     def agree_to_stop(self):
@@ -1337,17 +1309,15 @@ class Run:
     def resume(self):
         """Loads args.ckpt into the parts; raises ValueError where settings, images or labels differ.
 
-        A file of --mode export has averaged weights alone: the networks start from them, the optimisers anew,
-        and only the network's settings must be the same.
+        Of averaged weights alone, as in .weights/, only the network's settings count; optimisers start anew.
         """
         path = self.args.ckpt
         ckpt = load_checkpoint(path)
         alone = "rng" not in ckpt
         old = {**ckpt["args"], "data": ckpt.get("data")}
         new = {**self.settings, "data": self.data}
-        if alone:
-            new = {key: new[key] for key in NETWORK}
-        differ = [f"{key} {new[key]} (checkpoint: {old.get(key)})" for key in new if new[key] != old.get(key)]
+        names = [name for name in (NETWORK if alone else new) if new[name] != old.get(name)]
+        differ = [f"{name} {new[name]} (checkpoint: {old.get(name)})" for name in names]
         if differ:
             raise ValueError(f"--resume {path} with other settings: {', '.join(differ)}")
         self.step = ckpt["step"]
@@ -1356,15 +1326,13 @@ class Run:
             raise ValueError(f"--resume {path}: is at step {self.step}, expected fewer than {self.steps}")
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
-                source = "ema" if alone and name == "model" else name
-                load_weights(part, ckpt.get(source, {}), path)
+                load_weights(part, ckpt.get("ema" if alone and name == "model" else name, {}), path)
             elif not alone:
                 part.load_state_dict(ckpt[name])
                 for parameter, state in part.state.items():  # a GPU has them in channels_last
                     for key in ("exp_avg", "exp_avg_sq"):
                         state[key] = torch.empty_like(parameter).copy_(state[key])
         if alone:
-            self.say(f"{path}: averaged weights of {self.step} steps, fresh optimisers")
             torch.manual_seed(self.args.seed + self.step)
             return
         self.log = ckpt["log"]
@@ -1401,44 +1369,59 @@ def fail(message):
     raise ValueError(message)
 
 
-def number(kind, low, high=math.inf):
-    """argparse type: a number of `kind` in [low, high]."""
+def number(kind):
+    """argparse type of a range: `int 1..`, `float 0..1`."""
+    of, low, high = re.fullmatch(r"(int|float) (.*)\.\.(.*)", kind).groups()
+    cast = {"int": int, "float": float}[of]
 
     def convert(text):
-        if not low <= kind(text) <= high:  # nan is nowhere
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} to {high}")
-        return kind(text)
+        if not float(low) <= cast(text) <= float(high or sys.float_info.max):  # nan is nowhere
+            raise argparse.ArgumentTypeError(f"{text}: expected {kind}")
+        return cast(text)
 
-    convert.__name__ = kind.__name__
+    convert.__name__ = of
     return convert
 
 
-def add(p, name, kind, default, modes, text, **more):
-    """An option of some --modes, or of all (""): `kind` is its type, a tuple of choices, bool: a switch."""
-    p.modes[name] = modes.split() or list(MODES)
+def add_option(p, line, choices):
+    """Adds an option to a parser from a line: name, kind, default, --modes and help, two spaces apart.
+
+    kind: a range such as `int 1..9`, a name in `choices`, `switch`, or any other word. x2, x+, x*: a list.
+    """
+    name, kind, default, modes, text = re.split("  +", line, maxsplit=4)
+    kind, _, nargs = kind.partition(" x")
+    how = dict(dest=name[2:].removeprefix("no-").replace("-", "_"), default=ast.literal_eval(default))
+    if kind == "switch":
+        how["action"] = "store_false" if how["default"] else "store_true"
+    else:
+        text += " (default: %(default)s)"
+        how["nargs"] = int(nargs) if nargs.isdecimal() else nargs or None
+    if kind in choices:
+        how.update(choices=choices[kind], type=type(choices[kind][0]), metavar=kind if nargs else None)
+    elif ".." in kind:
+        how.update(type=number(kind), metavar=kind.split()[0].upper())
+    elif kind != "switch":
+        how["metavar"] = kind
+    p.modes[name] = list(MODES) if modes == "all" else modes.split()
     title = f"of --mode {modes}" if len(p.modes[name]) == 1 else "of several modes"
     if title not in p.groups:
         p.groups[title] = p.add_argument_group(title)
-    how = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
-    if isinstance(kind, tuple):
-        how = {"choices": kind}
-    if kind is bool:
-        how = {"action": "store_true"}
-    else:
-        text += " (default: %(default)s)"
-    p.groups[title].add_argument(name, default=default, help=text, **how | more)
+    p.groups[title].add_argument(name, help=text, **how)
 
 
-def new_parser():
-    """A parser with the options that all modes have."""
+def new_parser(table, **choices):
+    """A parser with the options of a table, as add_option takes its lines, and --mode and --device."""
     style = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=30)
     usage = f"python {NAME}.py --mode MODE [--option value ...]"
     p = argparse.ArgumentParser(NAME, usage, __doc__, formatter_class=style, allow_abbrev=False)
     p.error = fail
     p.modes = {}
     p.groups = {}
-    add(p, "--mode", tuple(MODES), "train", "", "what to do")
-    add(p, "--device", str, "auto", "", "auto, cpu, cuda or cuda:N", metavar="NAME")
+    table = (
+        "--mode  MODES  'train'  all  what to do\n--device  NAME  'auto'  all  cpu, cuda or cuda:N" + table
+    )
+    for line in table.strip().splitlines():
+        add_option(p, line, {"MODES": tuple(MODES), **choices})
     return p
 
 
