@@ -140,9 +140,7 @@ p1() {
 }
 p2() {
   weights p2_diffusion p2_diffusion.py $(short --fast --steps 1000) || return 0
-  local guide=()
-  if [ -z "$train" ]; then guide=(--guide "$here/.weights/p2_guide.pt"); fi
-  run p2_diffusion.py --mode sample --ckpt "$ckpt" ${guide[@]+"${guide[@]}"} --out "$out/p2_digits"
+  run p2_diffusion.py --mode sample --ckpt "$ckpt" --out "$out/p2_digits"
   local scored=(--mode eval --ckpt "$ckpt" --input "$out/p2_digits" --out "$out/p2_digits.json")
   run p2_diffusion.py "${scored[@]}" ${data[@]+"${data[@]}"}
   run p2_diffusion.py --mode grid --ckpt "$ckpt" ${data[@]+"${data[@]}"} $(short --num 5) --out "$out/p2_figures"
