@@ -1323,8 +1323,8 @@ def parse(p, argv, presets):
         if args.mode not in p.modes[name]:
             fail(f"{name}: has no use with --mode {args.mode}, only with {', '.join(p.modes[name])}")
     launched = dist.is_torchelastic_launched()  # left-over variables of another launcher do not count
-    args.rank = int(os.environ["RANK"]) if launched else 0
-    args.world = int(os.environ["WORLD_SIZE"]) if launched else 1
+    args.rank = int(os.environ.get("RANK", 0)) if launched else 0
+    args.world = int(os.environ.get("WORLD_SIZE", 1)) if launched else 1
     if args.world > 1 and args.mode not in SHARED:
         fail(f"--mode {args.mode}: cannot share its work among {args.world} processes")
     args.device = choose_device(args.device)
