@@ -176,7 +176,7 @@ p4() {
   if [ -z "$in" ]; then targets=(svhn); scenarios=(--scenarios mnistm-svhn); fi
   if [ -z "$train" ]; then methods=(--methods dann-mt); fi
   run p4_dann.py --mode table --seeds 0 --ckpt "$out" --out "$out/p4_table" ${data[@]+"${data[@]}"} \
-    ${scenarios[@]+"${scenarios[@]}"} ${methods[@]+"${methods[@]}"} $(short --steps 320)
+    ${scenarios[@]+"${scenarios[@]}"} ${methods[@]+"${methods[@]}"} $(short --steps 240)
   for target in "${targets[@]}"; do
     run p4_dann.py --mode tsne --ckpt "$out/p4_dann-mt_mnistm_${target}_deep_0.pt" --out "$out/p4_figures" \
       $(short --num 500) \
