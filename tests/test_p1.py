@@ -516,8 +516,9 @@ class Run:
     steps = 0
     events = []
 
-    def __init__(self, *_, **__):
-        pass
+    def __init__(self, args, steps, settings, data, parts, before_save):
+        self.events.steps = steps
+        self.events.given = data
 
     def __iter__(self):
         return iter(range(1, self.steps + 1))
@@ -621,7 +622,7 @@ def test_epochs_round_up_to_whole_batches(monkeypatch):
     args = settings("dcgan", "--epochs", "2", "--batch-size", "4")
     events = loop(monkeypatch, 6, args, even(0, 10))
     assert [event[1] for event in events if event[0] == "D"][-1] == pytest.approx(5 / 6)
-    assert events[-1] == ("picture", 6)
+    assert events[-1] == ("picture", 6) and events.steps == 6
 
 
 def test_contrast_is_that_of_about_a_thousand_images(monkeypatch):
@@ -630,11 +631,15 @@ def test_contrast_is_that_of_about_a_thousand_images(monkeypatch):
     assert loop(monkeypatch, 1, settings("dcgan", steps=1), images)[-2] == ("recalibrate", 0.0)
 
 
-def test_images_go_to_the_device_once(monkeypatch):
+def test_images_and_labels_go_to_the_device_and_into_the_checkpoint(monkeypatch):
     images, labels = images_of("acgan")
     args = settings("acgan", device=torch.device("meta"))
-    assert {x.device.type for x in loop(monkeypatch, 1, args, images, labels).data} == {"meta"}
-    assert loop(monkeypatch, 1, settings("dcgan"), even(0)).data[1] is None
+    events = loop(monkeypatch, 1, args, images, labels)
+    assert {x.device.type for x in events.data} == {"meta"}
+    assert events.given[0] is images and events.given[1] is labels
+    faces = even(0)
+    events = loop(monkeypatch, 1, settings("dcgan"), faces)
+    assert events.data[1] is None and len(events.given) == 1 and events.given[0] is faces
 
 
 @pytest.fixture
