@@ -33,7 +33,6 @@ import re
 import shlex
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -336,16 +335,10 @@ def learning_rate(args, step, steps):
     a hundredth from 2/3.
     """
     p = (step - 1) / steps
-    if args.decay == "none":
-        factor = 1.0
-    elif args.decay == "thirds":
-        factor = 0.1 ** int(3 * p)
-    elif args.decay == "linear":
-        factor = 1 - p
-    else:
-        factor = (1 + 10 * p) ** -0.75
+    paper = (1 + 10 * p) ** -0.75
+    factors = {"paper": paper, "linear": 1 - p, "none": 1.0, "thirds": 0.1 ** int(3 * p)}
     warm_up = 1.0 if args.report else min(step / 100, 1)
-    return args.lr * factor * warm_up
+    return args.lr * factors[args.decay] * warm_up
 
 
 def make_optimizer(args, model):
@@ -364,7 +357,8 @@ def train(args, images, labels, target=None):
     target: unlabelled images like `images`; None for the methods source, source-aug and target.
     Raises ValueError, FloatingPointError (loss not finite), KeyboardInterrupt (after Ctrl-C; saved).
     """
-    check_training_set(args, images, labels, target)
+    data = (images, labels) if target is None else (images, labels, target)
+    check_training_set(args, *data)
     torch.manual_seed(args.seed)
     model = build(args)
     ema = build(args)
@@ -373,7 +367,6 @@ def train(args, images, labels, target=None):
     optim = make_optimizer(args, model)
     settings = settings_of(args, images)
     steps = settings["steps"]
-    data = (images, labels) if target is None else (images, labels, target)
     run = Run(args, steps, settings, data, dict(model=model, ema=ema, optim=optim))
     images = images.to(args.device)
     labels = labels.to(args.device)
@@ -410,11 +403,11 @@ def train(args, images, labels, target=None):
 def predict(models, images):
     """The vote of networks in eval mode, or of one: uint8 (N, 3, 28, 28) -> digits (N,) on the CPU.
 
-    Raises ValueError for images of another form.
+    images: tensor or numpy array; ValueError for another form.
     Between digits with equally many votes the higher mean probability decides.
     """
     models = [models] if isinstance(models, nn.Module) else models
-    check_images("images", images)
+    images = check_images("images", images)
     device = next(models[0].parameters()).device
     digits = []
     for batch in images.split(100):
@@ -435,19 +428,6 @@ def load_model(path, device="cpu", option="--ckpt"):
     Raises ValueError or OSError, naming the `option` of the command line, for other files.
     """
     return load_network(load_checkpoint(path, option), path, device, option)
-
-
-def write_csv(path, rows):
-    """Writes a CSV file, whole or not at all."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def check_folder(folder):
-    """Makes the folder; raises OSError where no file can be written into it."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
 
 
 def read_folder(folder):
@@ -499,30 +479,27 @@ def write_predictions(args):
             message = f"{path} was adapted to {settings.unlabelled}, the images are of {args.target}"
             print(f"warning: {message}", file=sys.stderr)
     digits = predict(models, images).tolist()
-    write_csv(args.out, [("image_name", "label"), *zip(names, digits)])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("image_name", "label"), *zip(names, digits)])
+    write_text(args.out, text.getvalue())
     print(f"{args.out}: {len(names)} rows, target {args.target or 'not named'}")
 
 
 def read_labels(path):
-    """Rows (image_name, label) of a CSV, both as text; ValueError where it is not in the course's form."""
+    """Rows [image_name, label] of a CSV, both as text; ValueError where it is not in the course's form."""
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = [row for row in csv.reader(file) if row]
+            rows = [row[:2] for row in csv.reader(file) if row]
     except (OSError, csv.Error) as e:
         raise ValueError(f"{path}: cannot be read as CSV ({e})") from e
-    if not rows or rows[0][:2] != ["image_name", "label"]:
+    header = ["image_name", "label"]
+    if rows[:1] != [header]:
         found = ",".join(rows[0])[:60] if rows else "nothing"
         raise ValueError(f"{path}: found {found} in its first line, expected image_name,label")
-    del rows[0]
     for row in rows:
         if len(row) < 2:
             raise ValueError(f"{path}: found a row {row[0][:60]!r}, expected image_name,label in every row")
-    odd = [row[1] for row in rows if row[1] not in tuple("0123456789")]
-    if odd:
-        some = ", ".join(repr(label[:20]) for label in list(dict.fromkeys(odd))[:3])
-        message = f"{path}: {len(odd)} of {len(rows)} labels are no plain digits ({some})"
-        print(f"warning: {message}; the grader compares text", file=sys.stderr)
-    return [(row[0], row[1]) for row in rows]
+    return rows[1:]
 
 
 def evaluate(args):
@@ -539,12 +516,10 @@ def evaluate(args):
             raise ValueError(f'Item mismatch: "{name}" does not exist in the provided ground truth file.')
     if not predicted:
         raise ValueError(f"{args.input}: no predictions")
-    if len(rows) > len(predicted):
-        message = f"{len(rows) - len(predicted)} names occur twice or more; the last row of each counts"
-        print(f"warning: {args.input}: {message}", file=sys.stderr)
-    if len(truth) > len(predicted):
-        message = f"{len(truth) - len(predicted)} of {len(truth)} images have no prediction"
-        print(f"warning: {args.input}: {message}; the grader leaves them out of the count", file=sys.stderr)
+    if not len(rows) == len(predicted) == len(truth):
+        found = f"{len(rows)} rows for {len(predicted)} of {len(truth)} images"
+        rule = "the last row of an image counts, and images without one do not"
+        print(f"warning: {args.input}: {found}; {rule}", file=sys.stderr)
     correct = sum(truth[name] == label for name, label in predicted.items())
     print(f"Accuracy: {correct}/{len(predicted)} ({100 * correct / len(predicted):.2f}%)")
 
@@ -557,49 +532,46 @@ def table(args):
     """
     from common import load_digits
 
-    check_folder(args.out)
+    load = functools.cache(load_digits)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     runs = []
     for method, scenario, seed in itertools.product(args.methods, args.scenarios, args.seeds):
         source, target = scenario.split("-")
         run = settle(args, method=method, source=source, target=target, seed=seed)
-        runs.append(replace(run, scenario=scenario, ckpt=str(Path(args.ckpt) / f"{run.name}.pt")))
-    needed = {run.labelled for run in runs} | {run.unlabelled for run in runs if run.unlabelled}
-    data = {domain: load_digits(args.data, domain, "train") for domain in sorted(needed)}
-    targets = sorted({run.target for run in runs})
-    validation = {domain: load_digits(args.data, domain, "val") for domain in targets}
-    for run in runs:  # a damaged or foreign checkpoint shows now, not after hours of training
+        run.scenario = scenario
+        run.ckpt = str(Path(args.ckpt) / f"{run.name}.pt")
+        runs.append(run)
+    for run in runs:  # what is missing, damaged or foreign shows now, not after hours of training
+        images, *_ = training_set(run, load)
+        load(args.data, run.target, "val")
         if Path(run.ckpt).exists():
-            load_model(run.ckpt)
-            found = load_checkpoint(run.ckpt)["args"]
-            wanted = settings_of(run, data[run.labelled][0])
-            differ = [
-                f"{key} {found.get(key)}, not {wanted[key]}"
-                for key in wanted
-                if found.get(key) != wanted[key]
-            ]
-            if differ:
-                raise ValueError(f"--ckpt {run.ckpt}: has other settings: {', '.join(differ)}")
+            found = vars(load_model(run.ckpt)[1])
+            wanted = settings_of(run, images)
+            other = [key for key in wanted if found.get(key) != wanted[key]]
+            if other:
+                differ = ", ".join(f"{key} {wanted[key]} (checkpoint: {found.get(key)})" for key in other)
+                raise ValueError(f"--ckpt {run.ckpt} with other settings: {differ}")
 
     cells = {method: {scenario: [] for scenario in args.scenarios} for method in args.methods}
     for run in runs:
-        exists = Path(run.ckpt).exists()
-        if not exists or "rng" in load_checkpoint(run.ckpt):  # a finished training does nothing more
-            train(replace(run, resume=exists), *training_set(run, data))
+        run.resume = Path(run.ckpt).exists()
+        if not run.resume or "rng" in load_checkpoint(run.ckpt):  # a finished training does nothing more
+            train(run, *training_set(run, load))
         model, _ = load_model(run.ckpt, run.device)
-        share = accuracy(model, *validation[run.target])
+        share = accuracy(model, *load(args.data, run.target, "val"))
         cells[run.method][run.scenario].append({"seed": run.seed, "ckpt": run.ckpt, "accuracy": share})
 
-    header = f"| % of the val images, seeds {' '.join(map(str, args.seeds))} |"
+    header = [f"% of the val images, seeds {' '.join(map(str, args.seeds))}"]
     for scenario in args.scenarios:
         source, target = scenario.split("-")
-        header += f" {source} → {target} ({len(validation[target][1])}) |"
-    lines = [header, "|---" * (len(args.scenarios) + 1) + "|"]
+        _, labels = load(args.data, target, "val")
+        header.append(f"{source} → {target} ({len(labels)})")
+    rows = [header, ["---"] * len(header)]
     for method, results in cells.items():
-        numbers = [mean_and_sd(results[scenario]) for scenario in args.scenarios]
-        lines.append(f"| {METHODS[method]} | {' | '.join(numbers)} |")
-    text = "\n".join(lines)
-    print(text)
-    write_text(Path(args.out) / "table.md", f"{text}\n")
+        rows.append([METHODS[method], *map(mean_and_sd, results.values())])
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    print(text, end="")
+    write_text(Path(args.out) / "table.md", text)
     write_text(Path(args.out) / "table.json", json.dumps(cells, indent=1))
 
 
@@ -635,18 +607,13 @@ def a_distance(source, target):
 
 
 def drawn_domains(args, settings):
-    """The (source, target) that tsne draws: those of the training; for one domain those of the options."""
-    pair = (args.source, args.target)
-    right = None not in pair and settings.labelled in pair and args.source != args.target
-    expected = f"--source and --target, one of them {settings.labelled}"
-    if settings.unlabelled is not None:
-        pair = (settings.labelled, settings.unlabelled)
-        right = args.source in (None, pair[0]) and args.target in (None, pair[1])
-        expected = "the domains of its training; leave --source and --target out"
-    if not right:
-        found = f"--source {args.source} --target {args.target} with {args.ckpt} ({describe(settings)})"
-        raise ValueError(f"{found}: expected {expected}")
-    return pair
+    """The (source, target) that tsne draws: those of the training; for one domain another one beside it."""
+    source = args.source or settings.labelled
+    target = args.target or settings.unlabelled or settings.labelled
+    if source == target or not {settings.labelled, settings.unlabelled} <= {source, target, None}:
+        expected = f"two domains, with those of {args.ckpt} ({describe(settings)}) among them"
+        raise ValueError(f"--source {source} --target {target}: expected {expected}")
+    return source, target
 
 
 @torch.inference_mode()
@@ -664,7 +631,6 @@ def tsne(args):
     model, settings = load_model(args.ckpt, args.device)
     print(f"weights: {args.ckpt}, {settings.trained}: {describe(settings)}")
     source, target = drawn_domains(args, settings)
-    check_folder(args.out)
     sets = [load_digits(args.data, domain, "val") for domain in (source, target)]
     num = min(args.num, *(len(labels) for _, labels in sets))
     features = []
@@ -700,7 +666,7 @@ def tsne(args):
 TINY = {"tiny": (32, 48, 100), "tiny-b": (32, 64, 128), "tiny-c": (48, 48, 128), "tiny-d": (24, 64, 100)}
 
 
-def report_layers(arch, dropout2d=True):
+def report_layers(arch, dropout2d):
     """(features, label head, domain head) of a report's network; ValueError for another arch.
 
     Parameters in all: small (2022b) 355,164, paper (2023) 976,651, dann (of the DANN paper; 2022a, 2022c)
@@ -777,22 +743,11 @@ REPORTS = {  # 2021: 20 epochs, 30 from USPS to SVHN; (o) the batch
     "2022c": dict(optimizer="adam", decay="thirds", domain_weight=2.0, steps=2000),  # three losses in one sum
     "2023": dict(optimizer="adam", lr=3e-4, batch_size=1024, epochs=100),
 }
-REPORT_ARCHS = {"2022a": ["dann"], "2022b": ["small"], "2022c": ["dann"], "2023": ["paper"]}  # (o) 2022c's
-REPORT_ARCHS["2021"] = ["large", *TINY]  # the second for USPS to SVHN
-EVERY_REPORT = dict(method="dann", methods=["source", "dann", "target"], scenarios=DIRECTIONS, arch=None)
+# of each report the first is its own; None: without --report. (o) 2022c's
+REPORT_ARCHS = {None: ["deep", "small", "paper"], "2021": ["large", *TINY], "2022a": ["dann"]}
+REPORT_ARCHS |= {"2022b": ["small"], "2022c": ["dann"], "2023": ["paper"]}
+EVERY_REPORT = dict(method="dann", methods=["source", "dann", "target"], scenarios=DIRECTIONS)
 EVERY_REPORT |= dict(betas=[0.9, 0.999], weight_decay=0.0, decay="none", clip=math.inf, steps=None)
-
-
-def of_direction(args, scenario):
-    """{arch, epochs} of a report for one of its directions; what the command line says counts more."""
-    arch = REPORT_ARCHS[args.report][0]
-    epochs = None
-    if args.report == "2021":
-        epochs = 20
-        if scenario == "usps-svhn":
-            arch = "tiny"
-            epochs = 30
-    return dict(arch=args.arch or arch, epochs=args.epochs or epochs)
 
 
 # ---------------- command line ----------------
@@ -823,7 +778,8 @@ TRAINING = (
     "seed",
 )
 
-OPTIONS = """
+SCENARIOS = ["mnistm-svhn", "mnistm-usps", "usps-mnistm", "svhn-mnistm", "usps-svhn"]
+OPTIONS = f"""
 --method  METHODS  "dann-mt"  train predict tsne  what learns, and from which labels
 --source  DOMAINS  None  train predict tsne  labelled domain; None: svhn for target mnistm, else mnistm
 --target  DOMAINS  None  train predict tsne  to adapt to; predict: None: of --input's path; tsne: of --ckpt
@@ -849,13 +805,11 @@ OPTIONS = """
 --decay  DECAYS  None  train table  of the rate; None: linear for dann-mt, else paper
 --clip  float 1e-9..inf  10.0  train table  largest norm of the gradient
 --domain-weight  float 0..  1.0  train table  reports: weight of the domain loss
---methods  METHODS x+  ["source", "dann", "target", "source-aug", "dann-mt"]  table  its rows
---scenarios  SOURCE-TARGET x+  SCENARIOS  table  its columns
+--methods  METHODS x+  {list(METHODS)}  table  its rows
+--scenarios  SOURCE-TARGET x+  {SCENARIOS}  table  its columns
 --seeds  int 0..4294967295 x+  [0, 1, 2]  table  of each cell
 --num  int 10..  1000  tsne  images of each domain
 """
-SCENARIOS = ["mnistm-svhn", "mnistm-usps", "usps-mnistm", "svhn-mnistm", "usps-svhn"]
-OPTIONS = OPTIONS.replace("SCENARIOS", str(SCENARIOS))
 CHOICES = dict(METHODS=tuple(METHODS), DOMAINS=DOMAINS, REPORTS=tuple(REPORTS), ARCHS=ARCHS)
 CHOICES["SOURCE-TARGET"] = tuple(f"{a}-{b}" for a, b in itertools.permutations(DOMAINS, 2))
 CHOICES |= dict(PRECISIONS=("auto", "bf16", "float32"), OPTIMIZERS=("adamw", "adam", "radam"))
@@ -869,66 +823,61 @@ def settings_of(args, images):
 
 
 def check_images(name, images):
-    """Raises ValueError unless images are uint8 (N, 3, 28, 28), N > 0."""
-    found = type(images).__name__
-    if isinstance(images, torch.Tensor):
-        if images.dtype == torch.uint8 and images.shape[1:] == (3, SIZE, SIZE) and len(images) > 0:
-            return
-        found = f"{images.dtype} {tuple(images.shape)}"
-    raise ValueError(f"{name}: found {found}, expected a tensor uint8 (N, 3, {SIZE}, {SIZE})")
+    """A tensor or array as a tensor; raises ValueError unless it is uint8 (N, 3, 28, 28), N > 0."""
+    expected = f"expected uint8 (N, 3, {SIZE}, {SIZE})"
+    try:
+        images = torch.as_tensor(images)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{name}: found {type(images).__name__}, {expected}") from e
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, SIZE, SIZE) or len(images) == 0:
+        raise ValueError(f"{name}: found {images.dtype} {tuple(images.shape)}, {expected}")
+    return images
 
 
-def check_training_set(args, images, labels, target):
-    """Raises ValueError where the tensors have another form, or `target` does not fit the method."""
-    check_images("images", images)
-    n = len(images)
-    if labels.dtype != torch.int64 or labels.shape != (n,) or labels.min() < 0 or labels.max() >= DIGITS:
-        found = f"{labels.dtype} {tuple(labels.shape)}"
-        raise ValueError(f"labels: found {found}, expected int64 ({n},) in 0 to {DIGITS - 1}")
+def check_training_set(args, images, labels, target=None):
+    """Raises ValueError where a tensor has another form, or `target` does not fit the method."""
     if args.unlabelled is None and target is not None:
         raise ValueError(f"target: found images, expected None; --method {args.method} does not use them")
     if args.unlabelled is not None and target is None:
         raise ValueError(f"target: found None, expected the images that --method {args.method} adapts to")
-    if target is not None:
-        check_images("target", target)
-
-
-def replace(args, **changes):
-    """A copy of the settings with some of them changed."""
-    return argparse.Namespace(**{**vars(args), **changes})
+    sets = {"images": images} if target is None else {"images": images, "target": target}
+    for name, value in {**sets, "labels": labels}.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name}: found {type(value).__name__}, expected a tensor")
+    for name, value in sets.items():
+        check_images(name, value)
+    n = len(images)
+    if labels.dtype != torch.int64 or labels.shape != (n,) or labels.min() < 0 or labels.max() >= DIGITS:
+        found = f"{labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(f"labels: found {found}, expected int64 ({n},) in 0 to {DIGITS - 1}")
 
 
 def settle(args, **changes):
-    """A copy of the settings that also says which domains training sees, and what its checkpoint is called.
-
-    The method target is the training "source" on the other domain.
-    """
-    args = replace(args, **changes)
-    target = args.target or ("svhn" if args.source == "usps" else "usps")
-    source = args.source or SOURCE[target]
-    if source == target:
-        fail(f"--source {source} --target {target}: expected two domains")
-    training = "source" if args.method == "target" else args.method
-    labelled = target if args.method == "target" else source
-    unlabelled = None
-    where = labelled
-    if args.method in ("dann", "dann-mt"):
-        unlabelled = target
-        where = f"{source}_{target}"
-    own = {"arch": args.arch or "deep", "decay": args.decay}
-    kind = own["arch"]
-    if args.decay is None:
-        own["decay"] = "linear" if args.method == "dann-mt" else "paper"
-    if args.report:
-        own |= of_direction(args, f"{source}-{target}")
-        kind = f"{args.report}-{own['arch']}"
+    """A copy of the settings for one network: what it is, what it learns from, and its checkpoint's name."""
+    args = argparse.Namespace(**{**vars(args), **changes})
+    args.target = args.target or ("svhn" if args.source == "usps" else "usps")
+    args.source = args.source or SOURCE[args.target]
+    if args.source == args.target:
+        fail(f"--source {args.source} --target {args.target}: expected two domains")
+    args.training = "source" if args.method == "target" else args.method
+    args.labelled = args.target if args.method == "target" else args.source
+    args.unlabelled = args.target if args.method in ("dann", "dann-mt") else None
+    args.decay = args.decay or ("linear" if args.method == "dann-mt" else "paper")
+    arch = REPORT_ARCHS[args.report][0]
+    if args.report == "2021":
+        small = (args.source, args.target) == ("usps", "svhn")
+        arch = "tiny" if small else "large"
+        if args.steps is None:
+            args.epochs = args.epochs or (30 if small else 20)
+    args.arch = args.arch or arch
+    kind = f"{args.report}-{args.arch}" if args.report else args.arch
     if not args.dropout2d:
-        if own["arch"] not in TINY:
+        if args.arch not in TINY:
             fail("--no-dropout2d: only report 2021's tiny networks (usps to svhn) have Dropout2d")
         kind += "-no-dropout2d"
-    name = f"p4_{training}_{where}_{kind}_{args.seed}"
-    domains = dict(source=source, target=target, labelled=labelled, unlabelled=unlabelled)
-    return replace(args, training=training, name=name, **domains, **own)
+    where = f"{args.source}_{args.target}" if args.unlabelled else args.labelled
+    args.name = f"p4_{args.training}_{where}_{kind}_{args.seed}"
+    return args
 
 
 def presets(args):
@@ -939,21 +888,18 @@ def presets(args):
         "table": {"out": "table", "ckpt": ["checkpoints"]},
         "tsne": {"out": "p4_figures"},
     }.get(args.mode, {})
+    if args.mode == "predict" and args.input:
+        defaults["target"] = domain_of(args.input)
+    if args.mode in ("train", "tsne") or (args.mode == "predict" and args.target):
+        own = settle(args)
+        defaults["ckpt"] = [find_ckpt(own.name, args.mode)]
+        if args.mode == "train":
+            shown = ("source", "target", "arch", "decay", "epochs")
+            defaults |= {name: getattr(own, name) for name in shown}
     if args.report:
         defaults |= EVERY_REPORT | REPORTS[args.report]
     if args.fast:
         defaults |= {"steps": 400, "epochs": None}
-    if args.mode == "predict" and args.input:
-        defaults["target"] = domain_of(args.input)
-    if args.mode in ("train", "tsne") or (args.mode == "predict" and args.target):
-        defaults["ckpt"] = [find_ckpt(settle(args).name, args.mode)]
-    if args.mode == "train":  # what holds for its one method and its domains
-        own = settle(args)
-        defaults |= dict(source=own.source, target=own.target, arch=own.arch)
-        if not args.report:
-            defaults["decay"] = own.decay
-        elif not args.fast:
-            defaults["epochs"] = own.epochs
     return defaults
 
 
@@ -967,7 +913,7 @@ def parse_args(argv=None):
     ]
     methods = args.methods if args.mode == "table" else [args.method]
     foreign = [method for method in methods if args.report and method not in EVERY_REPORT["methods"]]
-    archs = REPORT_ARCHS[args.report] if args.report else ["deep", "small", "paper"]
+    archs = REPORT_ARCHS[args.report]
     headless = "dann-mt" in methods and args.arch not in (None, "deep")
     lost = args.mode == "predict" and args.ckpt is None
     contradictions = [
@@ -985,7 +931,7 @@ def parse_args(argv=None):
         args.steps = None
     for name in ("methods", "scenarios", "seeds"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
-    if args.mode == "train":
+    if named and args.mode != "table":
         args = settle(args)
     if args.mode != "eval":
         args.ckpts = args.ckpt
@@ -993,12 +939,12 @@ def parse_args(argv=None):
     return args
 
 
-def training_set(args, data):
-    """(images, labels, target images or None) out of data[domain] = (images, labels)."""
-    images, labels = data[args.labelled]
+def training_set(args, load):
+    """(images, labels, target images or None); load: common.load_digits."""
+    images, labels = load(args.data, args.labelled, "train")
     target = None
     if args.unlabelled is not None:
-        target, _ = data[args.unlabelled]  # no label of the target is used
+        target, _ = load(args.data, args.unlabelled, "train")  # no label of the target is used
     return images, labels, target
 
 
@@ -1006,10 +952,8 @@ def train_digits(args):
     """--mode train: trains on --data, then prints the accuracy on the target's val part."""
     from common import load_digits
 
-    domains = [args.labelled] + ([] if args.unlabelled is None else [args.unlabelled])
-    data = {domain: load_digits(args.data, domain, "train") for domain in domains}
     val, truth = load_digits(args.data, args.target, "val")
-    network = train(args, *training_set(args, data))
+    network = train(args, *training_set(args, load_digits))
     share = 100 * accuracy(network, val, truth)
     print(f"{args.target} val accuracy {share:.2f} % ({len(truth)} images, last step, not chosen by it)")
 

@@ -62,14 +62,14 @@ def test_each_direction_has_its_network_and_epochs():
 def test_epochs_are_steps():
     """The last batch of an epoch may be smaller than the others in the reports; here it counts as one."""
     args = parse("2023", "mnistm-svhn")
-    assert args.steps is None and p4.steps_of(args, torch.empty(44800, 0)) == 100 * 44
+    assert args.steps is None and p4.settings_of(args, torch.empty(44800, 0))["steps"] == 100 * 44
 
 
 def test_refusals():
-    assert "expected one of 2021" in message("--report", "2024")
-    assert "the reports have source dann target" in message("--report", "2022a", "--method", "dann-mt")
-    assert "this report has paper" in message("--report", "2023", "--arch", "deep")
-    assert "add --report" in message("--arch", "large")
+    assert "choose from '2021', '2022a'" in message("--report", "2024")
+    assert "it has ['source', 'dann', 'target']" in message("--report", "2022a", "--method", "dann-mt")
+    assert "expected ['paper']" in message("--report", "2023", "--arch", "deep")
+    assert "expected ['deep', 'small', 'paper']" in message("--arch", "large")
     assert "only report 2021" in message("--no-dropout2d")
     for epochs in ("3", "100"):  # the second is the report's own
         assert "expected one of them" in message("--report", "2023", "--steps", "2", "--epochs", epochs)
