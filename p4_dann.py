@@ -233,9 +233,8 @@ def domain_loss(net, source, target, lambda_, digits=None):
         logits = (digits[:, :, None] * logits.view(-1, DIGITS, 2)).sum(1)
     if logits.shape[1] == 1:  # the logit of "target" alone
         logits = F.pad(logits, (1, 0))
-    domain = torch.ones(len(logits), dtype=torch.long, device=logits.device)
-    domain[: len(source)] = 0
-    return F.cross_entropy(logits, domain)
+    is_target = torch.arange(len(logits), device=logits.device) >= len(source)
+    return F.cross_entropy(logits, is_target.long())
 
 
 def align(probabilities, marginal, power):
@@ -492,8 +491,7 @@ def read_labels(path):
             rows = [row[:2] for row in csv.reader(file) if row]
     except (OSError, csv.Error) as e:
         raise ValueError(f"{path}: cannot be read as CSV ({e})") from e
-    header = ["image_name", "label"]
-    if rows[:1] != [header]:
+    if rows[:1] != [["image_name", "label"]]:
         found = ",".join(rows[0])[:60] if rows else "nothing"
         raise ValueError(f"{path}: found {found} in its first line, expected image_name,label")
     for row in rows:
@@ -766,17 +764,8 @@ ARCHS = ("deep", "small", "paper", "dann", "large", *TINY)
 SOURCE = {"mnistm": "svhn", "svhn": "mnistm", "usps": "mnistm"}  # the course's source of each target
 # settings that a checkpoint keeps: --resume refuses others
 NETWORK = ("arch", "report", "dropout2d", "training", "labelled", "unlabelled")
-TRAINING = (
-    "batch_size",
-    "optimizer",
-    "lr",
-    "betas",
-    "weight_decay",
-    "decay",
-    "clip",
-    "domain_weight",
-    "seed",
-)
+TRAINING = ("batch_size", "optimizer", "lr", "betas", "weight_decay", "decay", "clip")
+TRAINING += ("domain_weight", "seed")
 
 SCENARIOS = ["mnistm-svhn", "mnistm-usps", "usps-mnistm", "svhn-mnistm", "usps-svhn"]
 OPTIONS = f"""
@@ -835,18 +824,15 @@ def check_images(name, images):
 
 
 def check_training_set(args, images, labels, target=None):
-    """Raises ValueError where a tensor has another form, or `target` does not fit the method."""
-    if args.unlabelled is None and target is not None:
-        raise ValueError(f"target: found images, expected None; --method {args.method} does not use them")
-    if args.unlabelled is not None and target is None:
-        raise ValueError(f"target: found None, expected the images that --method {args.method} adapts to")
-    sets = {"images": images} if target is None else {"images": images, "target": target}
-    for name, value in {**sets, "labels": labels}.items():
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{name}: found {type(value).__name__}, expected a tensor")
-    for name, value in sets.items():
-        check_images(name, value)
-    n = len(images)
+    """Raises ValueError where one of them has another form than the method needs."""
+    kinds = (torch.Tensor, torch.Tensor, type(None) if args.unlabelled is None else torch.Tensor)
+    for name, value, kind in zip(("images", "labels", "target"), (images, labels, target), kinds):
+        if not isinstance(value, kind):
+            found = f"found {type(value).__name__}, expected {kind.__name__}"
+            raise ValueError(f"{name}: {found} with --method {args.method}")
+    n = len(check_images("images", images))
+    if target is not None:
+        check_images("target", target)
     if labels.dtype != torch.int64 or labels.shape != (n,) or labels.min() < 0 or labels.max() >= DIGITS:
         found = f"{labels.dtype} {tuple(labels.shape)}"
         raise ValueError(f"labels: found {found}, expected int64 ({n},) in 0 to {DIGITS - 1}")
