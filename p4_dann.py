@@ -543,11 +543,14 @@ def table(args):
         images, *_ = training_set(run, load)
         load(args.data, run.target, "val")
         if Path(run.ckpt).exists():
-            found = vars(load_model(run.ckpt)[1])
+            ckpt = load_checkpoint(run.ckpt)
+            load_network(ckpt, run.ckpt)
+            found = ckpt["args"]
             wanted = settings_of(run, images)
-            other = [key for key in wanted if found.get(key) != wanted[key]]
+            names = wanted if "rng" in ckpt else NETWORK  # of weights alone, as in .weights/
+            other = [name for name in names if found.get(name) != wanted[name]]
             if other:
-                differ = ", ".join(f"{key} {wanted[key]} (checkpoint: {found.get(key)})" for key in other)
+                differ = ", ".join(f"{name} {wanted[name]} (checkpoint: {found.get(name)})" for name in other)
                 raise ValueError(f"--ckpt {run.ckpt} with other settings: {differ}")
 
     cells = {method: {scenario: [] for scenario in args.scenarios} for method in args.methods}
@@ -733,7 +736,6 @@ def report_losses(args, model, ema, x, y, u, p):
 
 # What five teams did differently. (o): the report does not say; ours. All have the reports' input, RGB in
 # [-1, 1], lambda_ of the paper, and predict with the network of the last step.
-DIRECTIONS = ["mnistm-svhn", "mnistm-usps"]
 REPORTS = {  # 2021: 20 epochs, 30 from USPS to SVHN; (o) the batch
     "2021": dict(optimizer="adam", lr=2e-4, scenarios=["mnistm-usps", "svhn-mnistm", "usps-svhn"]),
     "2022a": dict(optimizer="radam", lr=1e-5, batch_size=60, epochs=20),  # (o) the epochs
@@ -744,8 +746,9 @@ REPORTS = {  # 2021: 20 epochs, 30 from USPS to SVHN; (o) the batch
 # of each report the first is its own; None: without --report. (o) 2022c's
 REPORT_ARCHS = {None: ["deep", "small", "paper"], "2021": ["large", *TINY], "2022a": ["dann"]}
 REPORT_ARCHS |= {"2022b": ["small"], "2022c": ["dann"], "2023": ["paper"]}
-EVERY_REPORT = dict(method="dann", methods=["source", "dann", "target"], scenarios=DIRECTIONS)
-EVERY_REPORT |= dict(betas=[0.9, 0.999], weight_decay=0.0, decay="none", clip=math.inf, steps=None)
+EVERY_REPORT = dict(method="dann", methods=["source", "dann", "target"], decay="none", clip=math.inf)
+EVERY_REPORT |= dict(scenarios=["mnistm-svhn", "mnistm-usps"], betas=[0.9, 0.999], weight_decay=0.0)
+EVERY_REPORT["steps"] = None
 
 
 # ---------------- command line ----------------

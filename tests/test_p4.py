@@ -1093,9 +1093,9 @@ def test_table(tmp_path, capsys):
     nets = sorted((tmp_path / "nets").glob("*.pt"))
     expected = [f"p4_source_{d}_small_{s}.pt" for d in ("mnistm", "svhn", "usps") for s in (0, 1)]
     assert [path.name for path in nets] == expected
+    torch.save({**load(nets[0]), "step": 1}, nets[0])  # interrupted: is gone on with
+    torch.save({key: value for key, value in load(nets[1]).items() if key != "rng"}, nets[1])  # weights alone
     times = [path.stat().st_mtime_ns for path in nets]
-    state = load(nets[0])
-    torch.save({**state, "step": 1}, nets[0])  # interrupted: is gone on with
     capsys.readouterr()
     table(tmp_path, *options, "--methods", "source", "dann", "target")
     text = capsys.readouterr().out
@@ -1123,6 +1123,13 @@ def test_table_refuses_other_networks_before_it_trains(tmp_path, error, monkeypa
     table(tmp_path, *options, "--steps", "1", "--methods", "dann-mt")
     path = tmp_path / "nets" / "p4_dann-mt_mnistm_usps_deep_0.pt"
     assert "steps 3 (checkpoint: 1)" in error(table, tmp_path, *options, "--steps", "3")
+    state = load(path)
+    alone = {key: value for key, value in state.items() if key != "rng"}  # as in .weights/
+    torch.save({**alone, "args": {**state["args"], "lr": 5.0, "unlabelled": "svhn"}}, path)
+    found = error(table, tmp_path, *options, "--steps", "3")
+    assert "unlabelled usps (checkpoint: svhn)" in found and "lr" not in found and "steps" not in found
+    torch.save({**state, "ema": {**state["ema"], "marginal": torch.full((10,), math.nan)}}, path)
+    assert "1 weights are not finite" in error(table, tmp_path, *options, "--steps", "1")
     path.write_bytes(b"damaged")
     assert str(path) in error(table, tmp_path, *options, "--steps", "1")
     assert [p.name for p in (tmp_path / "nets").glob("*.pt")] == [path.name]
