@@ -648,15 +648,13 @@ def tsne(args):
     which = settings.training
     if settings.unlabelled is None:
         which = f"{settings.training}-{settings.labelled}"
-    out = Path(args.out)
-    name = f"tsne_{source}_{target}_{which}"
+    stem = Path(args.out) / f"tsne_{source}_{target}_{which}"
     title = f"{which}, {source} to {target}, {num} val images each"
     numerals = [str(digit) for digit in range(DIGITS)]
-    save_scatter(out / f"{name}_digit.png", points, np.concatenate(digits), numerals, f"{title}, by digit")
     groups = np.repeat([0, 1], num)
-    save_scatter(out / f"{name}_domain.png", points, groups, [source, target], f"{title}, by domain")
-    distance = a_distance(*features)
-    print(f"{out}: {name}_digit.png, {name}_domain.png; proxy A-distance {distance:.3f}")
+    save_scatter(f"{stem}_digit.png", points, np.concatenate(digits), numerals, f"{title}, by digit")
+    save_scatter(f"{stem}_domain.png", points, groups, [source, target], f"{title}, by domain")
+    print(f"{stem}_digit.png, {stem}_domain.png; proxy A-distance {a_distance(*features):.3f}")
 
 
 # ---------------- the reports ----------------
