@@ -631,19 +631,8 @@ ADVICE = (
 SHARED = ("train", "sample")  # the modes that torchrun's processes share
 # settings that a checkpoint keeps: --resume refuses others
 NETWORK = ("method", "report")
-TRAINING = (
-    "batch_size",
-    "lr",
-    "lr_d",
-    "betas",
-    "weight_decay",
-    "decay",
-    "n_critic",
-    "g_updates",
-    "ema",
-    "loss",
-)
-TRAINING += ("diffaugment", "label_smoothing", "instance_noise", "digit_weight", "flip", "seed")
+TRAINING = ("batch_size", "lr", "lr_d", "betas", "weight_decay", "decay", "n_critic", "g_updates", "ema")
+TRAINING += ("loss", "diffaugment", "label_smoothing", "instance_noise", "digit_weight", "flip", "seed")
 
 # what each method trains with; -h explains the names
 # fmt: off
@@ -660,8 +649,8 @@ PRESETS = {
 # fmt: on
 
 OPTIONS = """
---method  METHODS  None  all  what to train; elsewhere it names the default of --ckpt, which says the method
---report  REPORTS  None  all  preset: networks and training of a report
+--method  dcgan|wgangp|sngan|acgan  None  all  what to train; elsewhere it only names the default --ckpt
+--report  2021|2022a|2022b|2022c  None  all  preset: networks and training of a report
 --ckpt  FILE x+  None  all  checkpoint to write or read, its log.csv beside it; grid takes several
 --seed  int 0..4294967295  0  train sample grid  of training and of all noise
 --batch-size  int 1..  None  train sample  images per step; sample: images at a time
@@ -673,27 +662,24 @@ OPTIONS = """
 --num  int 1..  None  sample  faces in all (None: 1000), or digits of each class (None: 100)
 --fast  switch  False  train  preset for a CPU and some minutes
 --resume  switch  False  train  go on from --ckpt
---precision  PRECISIONS  "auto"  train  auto: bf16 autocast where the hardware is fast at it
+--precision  auto|bf16|float32  "auto"  train  auto: bf16 autocast where the hardware is fast at it
 --steps  int 1..  None  train  updates of D in all; more with --resume, where no step depends on it
 --epochs  int 1..  None  train  passes over the images, instead of --steps
 --lr  float 0..  None  train  learning rate of G
 --lr-d  float 0..  None  train  learning rate of D
 --betas  float 0..0.9999 x2  None  train  of AdamW
 --weight-decay  float 0..  0.0  train  of AdamW
---decay  DECAYS  None  train  of the learning rates: linear to 0; thirds: halved at 1/3 and 2/3
+--decay  none|linear|thirds  None  train  of the rates; thirds: halved at 1/3 and 2/3
 --n-critic  int 1..  None  train  updates of D per round
 --g-updates  int 1..  None  train  updates of G after them
 --ema  float 0..1  None  train  decay of the averaged generator that samples; 0: none
---diffaugment  SHIFTS  None  train  DiffAugment of all that D sees
---loss  LOSSES  None  train  of D and G
+--diffaugment  none|translation  None  train  DiffAugment of all that D sees
+--loss  bce|wasserstein|hinge  None  train  of D and G
 --label-smoothing  float 0..1  0.0  train  bce: the real label is 1 - this
 --digit-weight  float 0..  30.0  train  acgan: last weight of G's digit loss; the first is 1
 --instance-noise  float 0..  0.0  train  standard deviation of noise on all that D sees; it decays to 0
 --no-flip  switch  True  train  do not mirror images at random
 """
-CHOICES = dict(METHODS=tuple(PRESETS), REPORTS=tuple(REPORTS), PRECISIONS=("auto", "bf16", "float32"))
-CHOICES |= dict(DECAYS=("none", "linear", "thirds"), SHIFTS=("none", "translation"))
-CHOICES |= dict(LOSSES=("bce", "wasserstein", "hinge"))
 
 
 def settings_of(args, steps):
@@ -759,7 +745,7 @@ def presets(args):
 
 def parse_args(argv=None):
     """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
-    args = parse(new_parser(OPTIONS, **CHOICES), argv, presets)
+    args = parse(OPTIONS, argv, presets)
     uses = [
         (args.method == "acgan", "--method acgan", "digit-weight classifier"),
         (args.method != "acgan", "faces", "inception"),
@@ -1162,25 +1148,25 @@ def number(kind):
     return convert
 
 
-def add_option(p, line, choices):
+def add_option(p, line):
     """Adds an option to a parser from a line: name, kind, default, --modes and help, two spaces apart.
 
-    kind: a range such as `int 1..9`, a name in `choices`, `switch`, or any other word. x2, x+, x*: a list.
+    kind: choices `a|b`, a range such as `int 1..9`, `switch`, or a word for any text. x2, x+, x*: a list.
     """
     name, kind, default, modes, text = re.split("  +", line, maxsplit=4)
     kind, _, nargs = kind.partition(" x")
-    how = dict(dest=name[2:].removeprefix("no-").replace("-", "_"), default=ast.literal_eval(default))
+    default = ast.literal_eval(default)
+    how = dict(dest=name[2:].removeprefix("no-").replace("-", "_"), default=default)
     if kind == "switch":
-        how["action"] = "store_false" if how["default"] else "store_true"
+        how["action"] = "store_false" if default else "store_true"
     else:
         text += " (default: %(default)s)"
-        how["nargs"] = int(nargs) if nargs.isdecimal() else nargs or None
-    if kind in choices:
-        how.update(choices=choices[kind], type=type(choices[kind][0]), metavar=kind if nargs else None)
-    elif ".." in kind:
-        how.update(type=number(kind), metavar=kind.split()[0].upper())
-    elif kind != "switch":
-        how["metavar"] = kind
+        how.update(metavar=kind.split()[0], nargs=int(nargs) if nargs.isdecimal() else nargs or None)
+    if "|" in kind:
+        cast = int if isinstance(default, int) else str
+        how.update(type=cast, choices=[cast(choice) for choice in kind.split("|")])
+    if ".." in kind:
+        how["type"] = number(kind)
     p.modes[name] = list(MODES) if modes == "all" else modes.split()
     title = f"of --mode {modes}" if len(p.modes[name]) == 1 else "of several modes"
     if title not in p.groups:
@@ -1188,24 +1174,21 @@ def add_option(p, line, choices):
     p.groups[title].add_argument(name, help=text, **how)
 
 
-def new_parser(table, **choices):
-    """A parser with the options of a table, as add_option takes its lines, and --mode and --device."""
+def parse(options, argv, presets):
+    """The settings of a command line. options: the lines for add_option.
+
+    presets(settings): the defaults that hold for this mode, method and report, where they are others.
+    """
     style = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=30)
     usage = f"python {NAME}.py --mode MODE [--option value ...]"
     p = argparse.ArgumentParser(NAME, usage, __doc__, formatter_class=style, allow_abbrev=False)
     p.error = fail
     p.modes = {}
     p.groups = {}
-    table = (
-        "--mode  MODES  'train'  all  what to do\n--device  NAME  'auto'  all  cpu, cuda or cuda:N" + table
-    )
-    for line in table.strip().splitlines():
-        add_option(p, line, {"MODES": tuple(MODES), **choices})
-    return p
-
-
-def parse(p, argv, presets):
-    """The settings of a command line; presets(them): the defaults of this mode, method and report."""
+    add_option(p, f"--mode  {'|'.join(MODES)}  'train'  all  what to do")
+    add_option(p, "--device  NAME  'auto'  all  auto, cpu, cuda or cuda:N")
+    for line in options.strip().splitlines():
+        add_option(p, line)
     argv = sys.argv[1:] if argv is None else list(argv)
     known = [text for text in argv if text not in ("-h", "--help")]
     for _ in range(2):  # of one option's default another's may depend

@@ -927,16 +927,16 @@ NAME = "p2_diffusion"
 ADVICE = f"make one with: python {NAME}.py --mode train --data DIR --ckpt FILE, and the same --report"
 SHARED = ("train", "sample")  # the modes that torchrun's processes share
 # settings that a checkpoint keeps: --resume refuses others
-NETWORK = ("arch", "channels", "blocks", "patch", "dropout", "width", "size")
-NETWORK += ("T", "schedule", "beta_end", "prediction", "label_dropout")
+NETWORK = ("arch", "channels", "blocks", "patch", "dropout", "width", "size", "T", "schedule")
+NETWORK += ("beta_end", "prediction", "label_dropout")
 TRAINING = ("batch_size", "lr", "lr_schedule", "optimizer", "betas", "weight_decay", "clip", "ema")
 TRAINING += ("gamma", "t_sampling", "seed")
 
 OPTIONS = """
 --ckpt  FILE  None  all  checkpoint to write or read, its log.csv beside it
---report  REPORTS  None  train sample grid  preset: network, training and sampler of a report
+--report  2022a|2022b|2022c|2023  None  train sample grid  preset: all that a report has
 --seed  int 0..4294967295  0  train sample grid  of training and of all noise
---precision  PRECISIONS  "auto"  train sample grid  auto: bf16 autocast where the hardware is fast at it
+--precision  auto|bf16|float32  "auto"  train sample grid  auto: bf16 where the hardware is fast at it
 --batch-size  int 1..  64  train sample  images per step; sample: images at a time
 --data  DIR  None  train eval grid  the course's layout; None: built-in digits
 --out  PATH  None  sample eval grid  folder for results; eval: a JSON file
@@ -946,28 +946,28 @@ OPTIONS = """
 --resume  switch  False  train  go on from --ckpt, or from weights alone
 --steps  int 1..  10000  train  in all; more with --resume prolong the run, unless the rate ends at 0
 --epochs  int 1..  None  train  passes over the images, instead of --steps
---optimizer  OPTIMIZERS  "adamw"  train  AdamW or Adam
+--optimizer  adamw|adam  "adamw"  train  AdamW or Adam
 --lr  float 0..  1e-3  train  peak learning rate
 --betas  float 0..1 x2  [0.9, 0.99]  train  of the optimiser
 --weight-decay  float 0..  0.0  train  of the optimiser
---lr-schedule  RATES  "sqrt"  train  how the rate falls; linear and cosine end at 0
+--lr-schedule  sqrt|constant|linear|cosine  "sqrt"  train  how the rate falls; linear and cosine end at 0
 --clip  float 1e-9..inf  1.0  train  largest norm of the gradient
 --ema  float 0..1  1.0  train  longest average of the weights: decay of an exponential one; 1: the last tenth
 --label-dropout  float 0..1  0.1  train  share of labels replaced by the null class
 --gamma  float 0..  5.0  train  min-SNR weighting; 0: none
---prediction  PREDICTIONS  "v"  train  what the network predicts
---schedule  SCHEDULES  "cosine"  train  noise schedule
+--prediction  v|eps  "v"  train  what the network predicts
+--schedule  cosine|linear  "cosine"  train  noise schedule
 --beta-end  float 1e-4..0.999  0.02  train  last beta of the linear schedule
 --T  int 2..  400  train  number of diffusion steps
---t-sampling  SPREADS  "stratified"  train  times of a batch: evenly spread, or each drawn for itself
---arch  ARCHS  "unet"  train  ours, or a report's; context is 2023's
+--t-sampling  stratified|uniform  "stratified"  train  times of a batch: evenly spread, or drawn
+--arch  unet|2022a|2022b|2022c|context  "unet"  train  ours, or a report's; context is 2023's
 --channels  int 32.. x+  [64, 128]  train  unet: width at each resolution, multiples of 32
 --blocks  int 1..  1  train  unet: residual blocks per resolution
---patch  PATCHES  2  train  unet: pixels folded into channels at the entrance
+--patch  1|2|4  2  train  unet: pixels folded into channels at the entrance
 --dropout  float 0..1  0.0  train  unet, 2022b: in the residual blocks
 --width  int 8..  216  train  context: number of features, a multiple of 8
 --num  int 1..  100  sample grid  images of each digit; grid: of each guidance weight
---sampler  SAMPLERS  "dpm++"  sample grid  DPM-Solver++(2M), DDIM, or DDPM over all T steps
+--sampler  dpm++|ddim|ddpm  "dpm++"  sample grid  DPM-Solver++(2M), DDIM, or DDPM over all T steps
 --sample-steps  int 1..  7  sample grid  network calls of dpm++ and ddim
 --eta  float 0..1  0.0  sample grid  ddim: 0 deterministic, 1 as noisy as ddpm
 --guidance  float 0..  2.0  sample grid  w of (1 + w) out(x, y) - w out(x, null); 0: none
@@ -977,12 +977,6 @@ OPTIONS = """
 --autoguidance  float 0..  1.4  sample grid  how far from the guide; 1 is the network alone
 --states  int 0.. x+  None  grid  after which sampler steps the reverse process is shown; None: six, evenly
 """
-CHOICES = dict(REPORTS=tuple(REPORTS), ARCHS=("unet", *REPORT_NETWORKS), SAMPLERS=SAMPLERS, PATCHES=(1, 2, 4))
-CHOICES |= dict(
-    PRECISIONS=("auto", "bf16", "float32"), OPTIMIZERS=("adamw", "adam"), PREDICTIONS=("v", "eps")
-)
-CHOICES |= dict(RATES=("sqrt", "constant", "linear", "cosine"), SCHEDULES=("cosine", "linear"))
-CHOICES |= dict(SPREADS=("stratified", "uniform"))
 
 
 def settings_of(args, images, steps):
@@ -1029,7 +1023,7 @@ def presets(args):
 
 def parse_args(argv=None):
     """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
-    args = parse(new_parser(OPTIONS, **CHOICES), argv, presets)
+    args = parse(OPTIONS, argv, presets)
     low, high = args.guidance_interval
     uses = [
         (args.sampler == "dpm++", "--sampler dpm++", "last-time"),
@@ -1432,25 +1426,25 @@ def number(kind):
     return convert
 
 
-def add_option(p, line, choices):
+def add_option(p, line):
     """Adds an option to a parser from a line: name, kind, default, --modes and help, two spaces apart.
 
-    kind: a range such as `int 1..9`, a name in `choices`, `switch`, or any other word. x2, x+, x*: a list.
+    kind: choices `a|b`, a range such as `int 1..9`, `switch`, or a word for any text. x2, x+, x*: a list.
     """
     name, kind, default, modes, text = re.split("  +", line, maxsplit=4)
     kind, _, nargs = kind.partition(" x")
-    how = dict(dest=name[2:].removeprefix("no-").replace("-", "_"), default=ast.literal_eval(default))
+    default = ast.literal_eval(default)
+    how = dict(dest=name[2:].removeprefix("no-").replace("-", "_"), default=default)
     if kind == "switch":
-        how["action"] = "store_false" if how["default"] else "store_true"
+        how["action"] = "store_false" if default else "store_true"
     else:
         text += " (default: %(default)s)"
-        how["nargs"] = int(nargs) if nargs.isdecimal() else nargs or None
-    if kind in choices:
-        how.update(choices=choices[kind], type=type(choices[kind][0]), metavar=kind if nargs else None)
-    elif ".." in kind:
-        how.update(type=number(kind), metavar=kind.split()[0].upper())
-    elif kind != "switch":
-        how["metavar"] = kind
+        how.update(metavar=kind.split()[0], nargs=int(nargs) if nargs.isdecimal() else nargs or None)
+    if "|" in kind:
+        cast = int if isinstance(default, int) else str
+        how.update(type=cast, choices=[cast(choice) for choice in kind.split("|")])
+    if ".." in kind:
+        how["type"] = number(kind)
     p.modes[name] = list(MODES) if modes == "all" else modes.split()
     title = f"of --mode {modes}" if len(p.modes[name]) == 1 else "of several modes"
     if title not in p.groups:
@@ -1458,24 +1452,21 @@ def add_option(p, line, choices):
     p.groups[title].add_argument(name, help=text, **how)
 
 
-def new_parser(table, **choices):
-    """A parser with the options of a table, as add_option takes its lines, and --mode and --device."""
+def parse(options, argv, presets):
+    """The settings of a command line. options: the lines for add_option.
+
+    presets(settings): the defaults that hold for this mode, method and report, where they are others.
+    """
     style = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=30)
     usage = f"python {NAME}.py --mode MODE [--option value ...]"
     p = argparse.ArgumentParser(NAME, usage, __doc__, formatter_class=style, allow_abbrev=False)
     p.error = fail
     p.modes = {}
     p.groups = {}
-    table = (
-        "--mode  MODES  'train'  all  what to do\n--device  NAME  'auto'  all  cpu, cuda or cuda:N" + table
-    )
-    for line in table.strip().splitlines():
-        add_option(p, line, {"MODES": tuple(MODES), **choices})
-    return p
-
-
-def parse(p, argv, presets):
-    """The settings of a command line; presets(them): the defaults of this mode, method and report."""
+    add_option(p, f"--mode  {'|'.join(MODES)}  'train'  all  what to do")
+    add_option(p, "--device  NAME  'auto'  all  auto, cpu, cuda or cuda:N")
+    for line in options.strip().splitlines():
+        add_option(p, line)
     argv = sys.argv[1:] if argv is None else list(argv)
     known = [text for text in argv if text not in ("-h", "--help")]
     for _ in range(2):  # of one option's default another's may depend

@@ -786,7 +786,7 @@ TRAINING = ("batch_size", "lr", "gamma", "seed")
 
 OPTIONS = """
 --ckpt  FILE  None  train invert DRAWING  checkpoint to write or read, or the course's UNet.pt
---precision  PRECISIONS  "auto"  train invert DRAWING  auto: bf16 where it is fast, but not for UNet.pt
+--precision  auto|bf16|float32  "auto"  train invert DRAWING  auto: bf16 where it is fast, but not for UNet.pt
 --batch-size  int 1..  None  train invert DRAWING  images per step; elsewhere at a time, None: 256x256 pixels
 --seed  int 0..4294967295  0  train noise DRAWING  of training and of all noise
 --size  int 8..  None  train noise invert DRAWING  height and width of the images; None: the network's
@@ -805,7 +805,7 @@ OPTIONS = """
 --attention  int 1.. x*  [8]  train  strides with attention
 --dropout  float 0..1  0.0  train  in the residual blocks
 --noise  DIR  None  DRAWING  folder of (1, 3, H, W) noises NN.pt; None: drawn from --seed
---sampler  SAMPLERS  "ddim"  DRAWING  DDIM, DPM-Solver++(2M), or DDPM over all 1000 steps
+--sampler  ddim|dpm++|ddpm  "ddim"  DRAWING  DDIM, DPM-Solver++(2M), or DDPM over all 1000 steps
 --sample-steps  int 1..500  50  invert DRAWING  network calls of ddim and dpm++
 --eta  float 0..1 x+  [0.0]  sample eta-grid grid  ddim: 1 is as noisy as ddpm; eta-grid: its rows
 --guide  FILE  None  DRAWING  a weaker network, whose mistakes the sampler avoids (2406.02507)
@@ -813,7 +813,6 @@ OPTIONS = """
 --num  int 1..  1000  sample invert  images without --noise; invert: at most so many
 --iterations  int 1..  3  invert  network calls per step; 1: the usual inversion
 """.replace("DRAWING", "sample eta-grid interpolate grid")
-CHOICES = dict(SAMPLERS=SAMPLERS, PRECISIONS=("auto", "bf16", "float32"))
 
 
 def check_size(sides, settings, what):
@@ -870,7 +869,7 @@ def presets(args):
 
 def parse_args(argv=None):
     """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
-    args = parse(new_parser(OPTIONS, **CHOICES), argv, presets)
+    args = parse(OPTIONS, argv, presets)
     uses = [
         (args.noise is None, "no --noise", "size num"),
         (args.sampler != "ddpm", "--sampler ddim or dpm++", "sample-steps"),
@@ -1268,25 +1267,25 @@ def number(kind):
     return convert
 
 
-def add_option(p, line, choices):
+def add_option(p, line):
     """Adds an option to a parser from a line: name, kind, default, --modes and help, two spaces apart.
 
-    kind: a range such as `int 1..9`, a name in `choices`, `switch`, or any other word. x2, x+, x*: a list.
+    kind: choices `a|b`, a range such as `int 1..9`, `switch`, or a word for any text. x2, x+, x*: a list.
     """
     name, kind, default, modes, text = re.split("  +", line, maxsplit=4)
     kind, _, nargs = kind.partition(" x")
-    how = dict(dest=name[2:].removeprefix("no-").replace("-", "_"), default=ast.literal_eval(default))
+    default = ast.literal_eval(default)
+    how = dict(dest=name[2:].removeprefix("no-").replace("-", "_"), default=default)
     if kind == "switch":
-        how["action"] = "store_false" if how["default"] else "store_true"
+        how["action"] = "store_false" if default else "store_true"
     else:
         text += " (default: %(default)s)"
-        how["nargs"] = int(nargs) if nargs.isdecimal() else nargs or None
-    if kind in choices:
-        how.update(choices=choices[kind], type=type(choices[kind][0]), metavar=kind if nargs else None)
-    elif ".." in kind:
-        how.update(type=number(kind), metavar=kind.split()[0].upper())
-    elif kind != "switch":
-        how["metavar"] = kind
+        how.update(metavar=kind.split()[0], nargs=int(nargs) if nargs.isdecimal() else nargs or None)
+    if "|" in kind:
+        cast = int if isinstance(default, int) else str
+        how.update(type=cast, choices=[cast(choice) for choice in kind.split("|")])
+    if ".." in kind:
+        how["type"] = number(kind)
     p.modes[name] = list(MODES) if modes == "all" else modes.split()
     title = f"of --mode {modes}" if len(p.modes[name]) == 1 else "of several modes"
     if title not in p.groups:
@@ -1294,24 +1293,21 @@ def add_option(p, line, choices):
     p.groups[title].add_argument(name, help=text, **how)
 
 
-def new_parser(table, **choices):
-    """A parser with the options of a table, as add_option takes its lines, and --mode and --device."""
+def parse(options, argv, presets):
+    """The settings of a command line. options: the lines for add_option.
+
+    presets(settings): the defaults that hold for this mode, method and report, where they are others.
+    """
     style = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=30)
     usage = f"python {NAME}.py --mode MODE [--option value ...]"
     p = argparse.ArgumentParser(NAME, usage, __doc__, formatter_class=style, allow_abbrev=False)
     p.error = fail
     p.modes = {}
     p.groups = {}
-    table = (
-        "--mode  MODES  'train'  all  what to do\n--device  NAME  'auto'  all  cpu, cuda or cuda:N" + table
-    )
-    for line in table.strip().splitlines():
-        add_option(p, line, {"MODES": tuple(MODES), **choices})
-    return p
-
-
-def parse(p, argv, presets):
-    """The settings of a command line; presets(them): the defaults of this mode, method and report."""
+    add_option(p, f"--mode  {'|'.join(MODES)}  'train'  all  what to do")
+    add_option(p, "--device  NAME  'auto'  all  auto, cpu, cuda or cuda:N")
+    for line in options.strip().splitlines():
+        add_option(p, line)
     argv = sys.argv[1:] if argv is None else list(argv)
     known = [text for text in argv if text not in ("-h", "--help")]
     for _ in range(2):  # of one option's default another's may depend
