@@ -1042,6 +1042,8 @@ def test_eval_follows_the_2021_grader(tmp_path, capsys, error):
 
     whole = "image_name,label\n00003.png,1\n00000.png,7\n00001.png,3\n00002.png,4\n"
     assert score(whole) == ("Accuracy: 3/4 (75.00%)", "")
+    wide = "image_name,label,sure\n00003.png,1,1\n00000.png,7,1\n00001.png,3,0\n00002.png,5,1\n"
+    assert score(wide) == ("Accuracy: 4/4 (100.00%)", "")
     out, err = score("image_name,label\n00000.png,7\n00001.png,3\n00002.png,4\n")
     assert out == "Accuracy: 2/3 (66.67%)" and "3 rows for 3 of 4 images" in err
     out, err = score("image_name,label\n00000.png,1\n00000.png,7\n")
