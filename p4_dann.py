@@ -770,13 +770,13 @@ TRAINING += ("domain_weight", "seed")
 
 SCENARIOS = ["mnistm-svhn", "mnistm-usps", "usps-mnistm", "svhn-mnistm", "usps-svhn"]
 OPTIONS = f"""
---method  METHODS  "dann-mt"  train predict tsne  what learns, and from which labels
---source  DOMAINS  None  train predict tsne  labelled domain; None: svhn for target mnistm, else mnistm
---target  DOMAINS  None  train predict tsne  to adapt to; predict: None: of --input's path; tsne: of --ckpt
+--method  {"|".join(METHODS)}  "dann-mt"  train predict tsne  what learns, and from which labels
+--source  mnistm|svhn|usps  None  train predict tsne  labelled; None: svhn for mnistm, else mnistm
+--target  mnistm|svhn|usps  None  train predict tsne  to adapt to; None: of --input, of --ckpt
 --seed  int 0..4294967295  0  train predict tsne  of training and of tsne
---report  REPORTS  None  train predict table tsne  preset: network, input and training of a report
+--report  2021|2022a|2022b|2022c|2023  None  train predict table tsne  preset: all that a report has
 --ckpt  FILE x+  None  train predict table tsne  to write or read; predict: several vote; table: their folder
---arch  ARCHS  None  train predict table tsne  None: deep, ours; small: 2022b's, paper: 2023's
+--arch  {"|".join(ARCHS)}  None  train predict table tsne  None: deep, ours; small: 2022b's, paper: 2023's
 --no-dropout2d  switch  True  train predict table tsne  tiny: without it, which 2021 found important
 --data  DIR  None  train table tsne  the course's layout; None: built-in digits
 --out  PATH  None  predict table tsne  a CSV file; table, tsne: a folder
@@ -784,26 +784,23 @@ OPTIONS = f"""
 --gt  FILE  None  eval  CSV of true labels
 --fast  switch  False  train table  preset for a CPU and a minute
 --resume  switch  False  train  go on from --ckpt
---precision  PRECISIONS  "auto"  train table  auto: bf16 autocast where the hardware is fast at it
+--precision  auto|bf16|float32  "auto"  train table  auto: bf16 autocast where the hardware is fast at it
 --steps  int 1..  2000  train table  in all; no run is prolonged, because the schedules depend on it
 --epochs  int 1..  None  train table  passes over the labelled images, instead of --steps
 --batch-size  int 2..  64  train table  images per step, of each domain
---optimizer  OPTIMIZERS  "adamw"  train table  AdamW, Adam or RAdam
+--optimizer  adamw|adam|radam  "adamw"  train table  AdamW, Adam or RAdam
 --lr  float 0..  1e-3  train table  initial learning rate
 --betas  float 0..0.9999 x2  [0.9, 0.99]  train table  of the optimiser
 --weight-decay  float 0..  1e-4  train table  of the optimiser
---decay  DECAYS  None  train table  of the rate; None: linear for dann-mt, else paper
+--decay  paper|linear|none|thirds  None  train table  of the rate; None: linear for dann-mt, else paper
 --clip  float 1e-9..inf  10.0  train table  largest norm of the gradient
 --domain-weight  float 0..  1.0  train table  reports: weight of the domain loss
---methods  METHODS x+  {list(METHODS)}  table  its rows
+--methods  {"|".join(METHODS)} x+  {list(METHODS)}  table  its rows
 --scenarios  SOURCE-TARGET x+  {SCENARIOS}  table  its columns
 --seeds  int 0..4294967295 x+  [0, 1, 2]  table  of each cell
 --num  int 10..  1000  tsne  images of each domain
 """
-CHOICES = dict(METHODS=tuple(METHODS), DOMAINS=DOMAINS, REPORTS=tuple(REPORTS), ARCHS=ARCHS)
-CHOICES["SOURCE-TARGET"] = tuple(f"{a}-{b}" for a, b in itertools.permutations(DOMAINS, 2))
-CHOICES |= dict(PRECISIONS=("auto", "bf16", "float32"), OPTIMIZERS=("adamw", "adam", "radam"))
-CHOICES |= dict(DECAYS=("paper", "linear", "none", "thirds"))
+PAIRS = [f"{source}-{target}" for source, target in itertools.permutations(DOMAINS, 2)]
 
 
 def settings_of(args, images):
@@ -892,7 +889,7 @@ def presets(args):
 
 def parse_args(argv=None):
     """The settings that `build`, `train` and the modes take; raises ValueError for wrong usage."""
-    args = parse(new_parser(OPTIONS, **CHOICES), argv, presets)
+    args = parse(OPTIONS, argv, presets)
     named = args.mode in ("train", "table") or "--ckpt" not in args.given
     uses = [
         (named, "no --ckpt, which says it", "method report arch no-dropout2d"),
@@ -904,6 +901,7 @@ def parse_args(argv=None):
     headless = "dann-mt" in methods and args.arch not in (None, "deep")
     lost = args.mode == "predict" and args.ckpt is None
     contradictions = [
+        (set(args.scenarios) - set(PAIRS), f"--scenarios {args.scenarios}: expected some of {PAIRS}"),
         ({"--epochs", "--steps"} <= args.given, "--epochs and --steps: expected one of them"),
         (foreign, f"--report {args.report} with method {foreign}: it has {EVERY_REPORT['methods']}"),
         (args.arch not in (None, *archs), f"--arch {args.arch} --report {args.report}: expected {archs}"),
@@ -1314,25 +1312,25 @@ def number(kind):
     return convert
 
 
-def add_option(p, line, choices):
+def add_option(p, line):
     """Adds an option to a parser from a line: name, kind, default, --modes and help, two spaces apart.
 
-    kind: a range such as `int 1..9`, a name in `choices`, `switch`, or any other word. x2, x+, x*: a list.
+    kind: choices `a|b`, a range such as `int 1..9`, `switch`, or a word for any text. x2, x+, x*: a list.
     """
     name, kind, default, modes, text = re.split("  +", line, maxsplit=4)
     kind, _, nargs = kind.partition(" x")
-    how = dict(dest=name[2:].removeprefix("no-").replace("-", "_"), default=ast.literal_eval(default))
+    default = ast.literal_eval(default)
+    how = dict(dest=name[2:].removeprefix("no-").replace("-", "_"), default=default)
     if kind == "switch":
-        how["action"] = "store_false" if how["default"] else "store_true"
+        how["action"] = "store_false" if default else "store_true"
     else:
         text += " (default: %(default)s)"
-        how["nargs"] = int(nargs) if nargs.isdecimal() else nargs or None
-    if kind in choices:
-        how.update(choices=choices[kind], type=type(choices[kind][0]), metavar=kind if nargs else None)
-    elif ".." in kind:
-        how.update(type=number(kind), metavar=kind.split()[0].upper())
-    elif kind != "switch":
-        how["metavar"] = kind
+        how.update(metavar=kind.split()[0], nargs=int(nargs) if nargs.isdecimal() else nargs or None)
+    if "|" in kind:
+        cast = int if isinstance(default, int) else str
+        how.update(type=cast, choices=[cast(choice) for choice in kind.split("|")])
+    if ".." in kind:
+        how["type"] = number(kind)
     p.modes[name] = list(MODES) if modes == "all" else modes.split()
     title = f"of --mode {modes}" if len(p.modes[name]) == 1 else "of several modes"
     if title not in p.groups:
@@ -1340,24 +1338,21 @@ def add_option(p, line, choices):
     p.groups[title].add_argument(name, help=text, **how)
 
 
-def new_parser(table, **choices):
-    """A parser with the options of a table, as add_option takes its lines, and --mode and --device."""
+def parse(options, argv, presets):
+    """The settings of a command line. options: the lines for add_option.
+
+    presets(settings): the defaults that hold for this mode, method and report, where they are others.
+    """
     style = functools.partial(argparse.RawDescriptionHelpFormatter, width=110, max_help_position=30)
     usage = f"python {NAME}.py --mode MODE [--option value ...]"
     p = argparse.ArgumentParser(NAME, usage, __doc__, formatter_class=style, allow_abbrev=False)
     p.error = fail
     p.modes = {}
     p.groups = {}
-    table = (
-        "--mode  MODES  'train'  all  what to do\n--device  NAME  'auto'  all  cpu, cuda or cuda:N" + table
-    )
-    for line in table.strip().splitlines():
-        add_option(p, line, {"MODES": tuple(MODES), **choices})
-    return p
-
-
-def parse(p, argv, presets):
-    """The settings of a command line; presets(them): the defaults of this mode, method and report."""
+    add_option(p, f"--mode  {'|'.join(MODES)}  'train'  all  what to do")
+    add_option(p, "--device  NAME  'auto'  all  auto, cpu, cuda or cuda:N")
+    for line in options.strip().splitlines():
+        add_option(p, line)
     argv = sys.argv[1:] if argv is None else list(argv)
     known = [text for text in argv if text not in ("-h", "--help")]
     for _ in range(2):  # of one option's default another's may depend
