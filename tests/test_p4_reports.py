@@ -131,8 +131,8 @@ def test_table_of_a_report(tmp_path, monkeypatch):
     """It trains the report's networks under names of their own."""
     monkeypatch.setattr(common, "load_digits", lambda *_: digits(20))
     options = ["--report", "2022a", "--ckpt", str(tmp_path), "--steps", "1", "--batch-size", "4"]
-    options += ["--scenarios", "mnistm-usps", "--seeds", "0", "1", "--methods", "dann"]
+    options += ["--scenarios", "usps-mnistm", "--seeds", "0", "1", "--methods", "dann"]
     p4.main(["--mode", "table", *options, "--out", str(tmp_path / "table")])
     cells = json.loads((tmp_path / "table" / "table.json").read_text())
-    names = [run["ckpt"].split("/")[-1] for run in cells["dann"]["mnistm-usps"]]
-    assert names == ["p4_dann_mnistm_usps_2022a-dann_0.pt", "p4_dann_mnistm_usps_2022a-dann_1.pt"]
+    names = [run["ckpt"].split("/")[-1] for run in cells["dann"]["usps-mnistm"]]
+    assert names == ["p4_dann_usps_mnistm_2022a-dann_0.pt", "p4_dann_usps_mnistm_2022a-dann_1.pt"]
