@@ -1026,6 +1026,17 @@ def write(path, text):
     return path
 
 
+@pytest.mark.parametrize("label", ["3.0", "tensor(3)", "03", " 3"])
+def test_eval_says_which_labels_are_no_digits(label, tmp_path, capsys):
+    for name, first in (("plain.csv", "3"), ("odd.csv", label)):
+        (tmp_path / name).write_text(f"image_name,label\na.png,{first}\nb.png,3\n")
+    for predictions, truth in (("odd.csv", "plain.csv"), ("plain.csv", "odd.csv")):
+        p4.main(["--mode", "eval", "--input", str(tmp_path / predictions), "--gt", str(tmp_path / truth)])
+        captured = capsys.readouterr()
+        assert captured.out == "Accuracy: 1/2 (50.00%)\n"  # the grader's
+        assert f"odd.csv: 1 of 2 labels are no plain digits ({label!r})" in captured.err
+
+
 def test_eval_follows_the_2021_grader(tmp_path, capsys, error):
     """Names and labels are text, the count runs over the predicted rows, the last of two rows counts."""
     text = "image_name,label\n00000.png,7\n00001.png,3\n00002.png,5\n00003.png,1\n"
