@@ -428,14 +428,6 @@ def load_model(path, device="cpu", option="--ckpt"):
     return load_network(load_checkpoint(path, option), path, device, option)
 
 
-def load_shown(args, path):
-    """load_model for a mode of the command line, which says what it uses."""
-    model, settings = load_model(path, args.device)
-    if args.rank == 0:
-        print(f"weights: {path}, {settings.trained}")
-    return model, settings
-
-
 def image_keys(method, count):
     """Keys of `count` faces, (number,) from 0, or of `count` of each digit, (digit, number) from 1."""
     if method != "acgan":
@@ -486,7 +478,9 @@ def interpolation(model, settings, seed):
 
 def sample(args):
     """Writes --num faces 0000.png ..., or --num digits of each class 0_001.png ..., into the folder --out."""
-    model, settings = load_shown(args, args.ckpt)
+    model, settings = load_model(args.ckpt, args.device)
+    if args.rank == 0:
+        print(f"weights: {args.ckpt}, {settings.trained}")
     out = Path(args.out)
     if settings.method == "acgan":
         keys = image_keys("acgan", args.num or 100)
@@ -541,7 +535,8 @@ def grid(args):
     out.mkdir(parents=True, exist_ok=True)
     pictures = []
     for path, name in zip(args.ckpts, names):
-        model, settings = load_shown(args, path)
+        model, settings = load_model(path, args.device)
+        print(f"weights: {path}, {settings.trained}")
         pictures.append(first_images(model, settings, args.seed))
         write_png(out / f"first_{name}.png", pictures[-1])
         write_png(out / f"interpolation_{name}.png", interpolation(model, settings, args.seed))
@@ -625,9 +620,7 @@ OF_REPORTS = dict(ema=0.0, diffaugment="none", decay="none")
 # ---------------- command line ----------------
 
 NAME = "p1_gan"
-ADVICE = (
-    f"make one with: python {NAME}.py --mode train --data DIR --ckpt FILE, the same --method and --report"
-)
+ADVICE = f"make one with: python {NAME}.py --mode train --data DIR, the same --method and --report"
 SHARED = ("train", "sample")  # the modes that torchrun's processes share
 # settings that a checkpoint keeps: --resume refuses others
 NETWORK = ("method", "report")
@@ -757,7 +750,7 @@ def parse_args(argv=None):
         (args.mode == "train" and args.batch_size < 2, "--batch-size: expected 2 or more, for BatchNorm"),
         (
             penalty != (args.loss == "wasserstein"),
-            f"--loss {args.loss}: wgangp alone has wasserstein's penalty",
+            f"--loss {args.loss}: only wgangp has wasserstein's penalty",
         ),
         (len(args.ckpt) > 1 and args.mode != "grid", "--ckpt: takes one; only --mode grid shows several"),
     ]
