@@ -565,7 +565,7 @@ def sample(args):
     model, settings = load_guided(args)
     noise = StartNoise(args, settings)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(args, out, [f"{name}.png" for name in noise.names])
     start = time.perf_counter()
     mine = range(args.rank, len(noise.names), args.world)
     groups = batches(args, mine, noise.shape)
@@ -784,14 +784,15 @@ SHARED = ("train", "sample")  # the modes that torchrun's processes share
 NETWORK = ("channels", "blocks", "attention", "dropout", "size")
 TRAINING = ("batch_size", "lr", "gamma", "seed")
 
-OPTIONS = """
---ckpt  FILE  None  train invert DRAWING  checkpoint to write or read, or the course's UNet.pt
---precision  auto|bf16|float32  "auto"  train invert DRAWING  auto: bf16 where it is fast, but not for UNet.pt
---batch-size  int 1..  None  train invert DRAWING  images per step; elsewhere at a time, None: 256x256 pixels
---seed  int 0..4294967295  0  train noise DRAWING  of training and of all noise
---size  int 8..  None  train noise invert DRAWING  height and width of the images; None: the network's
+DRAWING = "sample eta-grid interpolate grid"
+OPTIONS = f"""
+--ckpt  FILE  None  train invert {DRAWING}  checkpoint to write or read, or the course's UNet.pt
+--precision  auto|bf16|float32  "auto"  train invert {DRAWING}  auto: bf16 where fast, not for UNet.pt
+--batch-size  int 1..  None  train invert {DRAWING}  images per step; else at a time, None: 256x256 pixels
+--seed  int 0..4294967295  0  train noise {DRAWING}  of training and of all noise
+--size  int 8..  None  train noise invert {DRAWING}  height and width of the images; None: the network's
 --data  DIR  None  train eval invert  the course's layout; None: built-in faces
---out  PATH  None  noise eval mse invert DRAWING  folder for results; eval, mse: a JSON file
+--out  PATH  None  noise eval mse invert {DRAWING}  folder for results; eval, mse: a JSON file
 --input  DIR  "samples"  eval mse invert  folder of images; invert without one: eight faces of --data
 --gt  DIR  "face/GT"  mse  ground truth with the same file names
 --inception  FILE  None  eval  pytorch-fid's Inception weights; None: downloaded once
@@ -804,15 +805,15 @@ OPTIONS = """
 --blocks  int 1..  1  train  residual blocks per resolution
 --attention  int 1.. x*  [8]  train  strides with attention
 --dropout  float 0..1  0.0  train  in the residual blocks
---noise  DIR  None  DRAWING  folder of (1, 3, H, W) noises NN.pt; None: drawn from --seed
---sampler  ddim|dpm++|ddpm  "ddim"  DRAWING  DDIM, DPM-Solver++(2M), or DDPM over all 1000 steps
---sample-steps  int 1..500  50  invert DRAWING  network calls of ddim and dpm++
+--noise  DIR  None  {DRAWING}  folder of (1, 3, H, W) noises NN.pt; None: drawn from --seed
+--sampler  ddim|dpm++|ddpm  "ddim"  {DRAWING}  DDIM, DPM-Solver++(2M), or DDPM over all 1000 steps
+--sample-steps  int 1..500  50  invert {DRAWING}  network calls of ddim and dpm++
 --eta  float 0..1 x+  [0.0]  sample eta-grid grid  ddim: 1 is as noisy as ddpm; eta-grid: its rows
---guide  FILE  None  DRAWING  a weaker network, whose mistakes the sampler avoids (2406.02507)
---autoguidance  float 0..  1.4  DRAWING  how far from the guide; 1 is the network alone
+--guide  FILE  None  {DRAWING}  a weaker network, whose mistakes the sampler avoids (2406.02507)
+--autoguidance  float 0..  1.4  {DRAWING}  how far from the guide; 1 is the network alone
 --num  int 1..  1000  sample invert  images without --noise; invert: at most so many
 --iterations  int 1..  3  invert  network calls per step; 1: the usual inversion
-""".replace("DRAWING", "sample eta-grid interpolate grid")
+"""
 
 
 def check_size(sides, settings, what):
@@ -970,6 +971,15 @@ def write_png(path, image):
     """Writes uint8 (3, H, W) as PNG, whole or not at all."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     write_whole(path, lambda file: picture.save(file, "PNG"))
+
+
+def make_folder(args, out, names):
+    """Makes the folder `out`; warns of entries that are none of `names`, for graders read them all."""
+    out.mkdir(parents=True, exist_ok=True)
+    others = sorted(name for name in set(os.listdir(out)) - set(names) if not name.startswith("."))
+    if others and args.rank == 0:
+        found = f"holds {len(others)} other entries, such as {others[0]}"
+        print(f"warning: --out {out}: {found}; graders read every file", file=sys.stderr)
 
 
 def log_path(ckpt):

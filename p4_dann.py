@@ -1021,6 +1021,15 @@ def write_png(path, image):
     write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
+def make_folder(args, out, names):
+    """Makes the folder `out`; warns of entries that are none of `names`, for graders read them all."""
+    out.mkdir(parents=True, exist_ok=True)
+    others = sorted(name for name in set(os.listdir(out)) - set(names) if not name.startswith("."))
+    if others and args.rank == 0:
+        found = f"holds {len(others)} other entries, such as {others[0]}"
+        print(f"warning: --out {out}: {found}; graders read every file", file=sys.stderr)
+
+
 def log_path(ckpt):
     """model.log.csv for model.pt; for any other name that name with .log.csv."""
     return Path(f"{str(ckpt).removesuffix('.pt')}.log.csv")

@@ -129,8 +129,8 @@ p1() {
   local grids=()
   for method in ${faces:+${train:+dcgan} ${in:+wgangp} sngan} acgan; do
     weights "p1_$method" p1_gan.py --method "$method" $(short --batch-size 16 --steps 200) || continue
-    run p1_gan.py --mode sample --method "$method" --ckpt "$ckpt" --out "$out/p1_$method"
-    evaluate p1_gan.py "$out/p1_$method" --method "$method" --ckpt "$ckpt"
+    run p1_gan.py --mode sample --ckpt "$ckpt" --out "$out/p1_$method"
+    evaluate p1_gan.py "$out/p1_$method" --ckpt "$ckpt"
     if [ -z "$in" ] && [ "$method" = acgan ]; then
       run p1_gan.py --mode eval --input "$out/p1_acgan" --out "$out/p1_acgan.json" --ckpt "$ckpt"
     fi

@@ -1056,7 +1056,7 @@ def test_tile():
     assert found == [*range(6)]
 
 
-def test_eval_takes_the_method_from_the_checkpoint(ckpt, tmp_path, monkeypatch):
+def test_eval_takes_the_method_from_the_checkpoint(ckpt, tmp_path, monkeypatch, error):
     import common
 
     calls = []
@@ -1064,14 +1064,16 @@ def test_eval_takes_the_method_from_the_checkpoint(ckpt, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "score_images", lambda *_: calls.append("sngan") or {})
     monkeypatch.setattr(common, "face_folder", lambda *_: "folder")
     out = tmp_path / "a" / "score.json"
-    for method in ("dcgan", "acgan"):
-        arguments = ["--mode", "eval", "--method", method, "--ckpt", str(ckpt), "--data", "x"]
-        p1.main([*arguments, "--out", str(out), "--device", "cpu"])
-    assert calls == [ckpt.stem] * 2 and json.loads(out.read_text()) == {}
+    arguments = ["--mode", "eval", "--ckpt", str(ckpt), "--data", "x", "--device", "cpu"]
+    p1.main([*arguments, "--out", str(out)])
+    assert calls == [ckpt.stem] and json.loads(out.read_text()) == {}
+    other = {"sngan": "--classifier", "acgan": "--inception"}[ckpt.stem]
+    assert f"found {ckpt.stem}" in error(p1.main, [*arguments, other, "x"])
+    assert "--method: has a use only with no --ckpt" in error(p1.main, [*arguments, "--method", "dcgan"])
 
 
 def test_eval_of_faces_needs_a_reference(error):
-    assert "--data DIR" in error(p1.main, ["--mode", "eval", "--method", "dcgan", "--ckpt", "none.pt"])
+    assert "--data DIR" in error(p1.main, ["--mode", "eval", "--method", "dcgan"])
 
 
 # ---------------- command line ----------------

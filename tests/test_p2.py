@@ -693,6 +693,24 @@ def test_generate_refuses_what_it_cannot_do(model, digits, options, expected):
         p2.generate(*model, digits, **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance": -3.0},
+        {"guidance": math.nan},
+        {"guidance": "2"},
+        {"last_time": 5.0},
+        {"eta": 7.0},
+        {"guidance_interval": [0.9, 0.3]},
+        {"guidance_interval": [0.3]},
+    ],
+)
+def test_generate_refuses_values_out_of_range(options, model):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name}: found .*expected"):
+        p2.generate(*model, [3], **options)
+
+
 def test_no_guidance_without_a_null_class(model):
     settings = argparse.Namespace(**vars(model[1]) | {"label_dropout": 0.0})
     with pytest.raises(ValueError, match="use --guidance 0"):

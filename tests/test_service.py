@@ -142,6 +142,18 @@ def test_texts_and_pictures(tmp_path):
     assert np.array_equal(np.array(Image.open(tmp_path / "a.png")), image.permute(1, 2, 0).numpy())
 
 
+def test_other_files_in_the_folder_are_named(tmp_path, capsys):
+    args = p2.parse_args(["--mode", "sample"])
+    for name in ("0_001.png", "old.png", ".DS_Store"):
+        (tmp_path / name).write_text("")
+    p2.make_folder(args, tmp_path, ["0_001.png"])
+    assert "holds 1 other entries, such as old.png; graders read every file" in capsys.readouterr().err
+    args.rank = 1
+    p2.make_folder(args, tmp_path / "new", [])
+    p2.make_folder(args, tmp_path, [])
+    assert (tmp_path / "new").is_dir() and capsys.readouterr().err == ""
+
+
 def test_where_weights_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(p2, "HERE", tmp_path / "script")
