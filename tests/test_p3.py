@@ -297,7 +297,7 @@ TWO = torch.tensor([0.64, 0.36], dtype=torch.float64)  # a = 0.8, 0.6 and s = 0.
 
 
 def test_schedule():
-    """The course's values (protocols.md)."""
+    """The values of the course's sampler of 2023."""
     alpha_bar = p3.make_alpha_bar()
     values = {0: 0.9999, 1: 0.9997800921, 20: 0.9937354286, 21: 0.9932203573}
     values |= {961: 0.0000857310, 980: 0.0000590375, 981: 0.0000578779, 999: 0.0000403583}
@@ -792,7 +792,7 @@ def given(folder, mode, *arguments):
 
 
 def test_sample_is_the_recipe(tiny):
-    """An independent writing of protocols.md's five points, from the noise file to the bytes of the PNG."""
+    """The course's sampler, written independently, from the noise file to the bytes of the PNG."""
     model, folder = tiny
     for i in (1, 2, 3, 4, 5, 6, 9):
         os.remove(folder / "noise" / f"{i:02d}.pt")
