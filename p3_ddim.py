@@ -1131,7 +1131,7 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             if lock:
-                os.remove(lock.name)
+                Path(lock.name).unlink(missing_ok=True)
                 lock.close()
         self.say(f"{args.ckpt}: step {self.step}, {self.seconds:.0f} s of training")
         if self.step < self.steps:
