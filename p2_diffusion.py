@@ -447,10 +447,9 @@ def check_request(settings, digits, numbers, seed, sampler, calls, **options):
         value = options[name]
         if not isinstance(value, (int, float)) or not 0 <= value <= high:
             raise ValueError(f"{name}: found {value!r}, expected a number in 0 to {high}")
-    if len(options["interval"]) != 2 or not 0 <= options["interval"][0] <= options["interval"][1] <= 1:
-        raise ValueError(
-            f"guidance_interval: found {options['interval']}, expected two shares, the smaller first"
-        )
+    interval = np.ravel(options["interval"]).tolist()
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"guidance_interval: found {interval}, expected two shares, the smaller first")
     digits = whole_numbers(digits, "digits", 0, DIGITS - 1)
     if numbers is None:
         numbers = range(1, len(digits) + 1)

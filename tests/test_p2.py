@@ -702,7 +702,7 @@ def test_generate_refuses_what_it_cannot_do(model, digits, options, expected):
         {"last_time": 5.0},
         {"eta": 7.0},
         {"guidance_interval": [0.9, 0.3]},
-        {"guidance_interval": [0.3]},
+        {"guidance_interval": 0.3},
     ],
 )
 def test_generate_refuses_values_out_of_range(options, model):

@@ -122,7 +122,7 @@ def test_table_vote_and_tsne(tmp_path):
         p4.train(args, images, labels, images)
     votes = p4.predict([p4.load_model(path)[0] for path in paths], images)
     assert votes.shape == (8,)
-    tsne = ["--mode", "tsne", "--report", "2021", "--ckpt", paths[0], "--num", "20"]
+    tsne = ["--mode", "tsne", "--ckpt", paths[0], "--num", "20"]
     p4.main([*tsne, "--out", str(tmp_path / "figures")])
     assert (tmp_path / "figures" / "tsne_usps_svhn_dann_domain.png").is_file()
 

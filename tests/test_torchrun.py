@@ -22,8 +22,8 @@ SCRIPTS = {
 }
 SAMPLING = {
     "p1_gan": ["--num", "6"],
-    "p2_diffusion": ["--num", "1", "--sample-steps", "2"],
-    "p3_ddim": ["--num", "6", "--sample-steps", "2", "--eta", "0.5"],
+    "p2_diffusion": ["--num", "1", "--sample-steps", "2", "--precision", "float32"],
+    "p3_ddim": ["--num", "6", "--sample-steps", "2", "--eta", "0.5", "--precision", "float32"],
 }
 TINY = ["--batch-size", "4", "--device", "cpu", "--ckpt", "model.pt"]
 
@@ -65,7 +65,7 @@ def test_two_processes(script, tmp_path):
     assert code == 0, err
     assert torch.load(tmp_path / "model.pt", weights_only=True)["step"] == 4
 
-    sampling = ["--mode", "sample", "--precision", "float32", *SAMPLING[script], *TINY]
+    sampling = ["--mode", "sample", *SAMPLING[script], *TINY]
     code, out, err = run(1, tmp_path, program, *sampling, "--out", "one")
     assert code == 0 and "%|" not in err, err
     code, out, err = run(2, tmp_path, program, *sampling, "--out", "two", TQDM_DISABLE="")
