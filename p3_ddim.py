@@ -881,6 +881,7 @@ def parse_args(argv=None):
     contradictions = [
         (any(c % 32 for c in args.channels), f"--channels {args.channels}: expected multiples of 32"),
         (grid_alone and args.sampler != "ddim", f"--sampler {args.sampler}: eta is DDIM's"),
+        (args.mode == "interpolate" and args.sampler == "ddpm", "--sampler ddpm: adds noise of its own"),
         (len(args.eta) > 1 and not grid_alone, f"--eta {args.eta}: only --mode eta-grid shows several"),
     ]
     refuse(args, uses, contradictions)

@@ -596,6 +596,7 @@ UNUSED = {
     p3: [
         "sample --autoguidance 2", "sample --lr 1", "train --eta 0.5",
         "interpolate --sampler ddpm --sample-steps 5",
+        "interpolate --sampler ddpm",
         "sample --sampler dpm++ --eta 0.5", "sample --iterations 2", "invert --guide x", "train --noise x",
         "sample --gt x", "mse --seed 1", "sample --channels 32",
     ],
@@ -608,7 +609,7 @@ UNUSED = {
 
 @pytest.mark.parametrize("script, argv", [(script, argv) for script in UNUSED for argv in UNUSED[script]])
 def test_options_are_never_ignored(script, argv):
-    with pytest.raises(ValueError, match="^--[a-zT-]+.*(has no use|has a use only|DDIM)"):
+    with pytest.raises(ValueError, match="^--[a-zT-]+.*(has no use|has a use only|DDIM|adds noise)"):
         script.parse_args(["--mode", *argv.split()])
 
 
