@@ -248,7 +248,7 @@ def load_digits(root, domain, split):
                 paths = [base / folder / name for name in names]
                 images = cached(28, paths, functools.partial(read_images, paths, (28, 28)))
                 return torch.from_numpy(images), torch.tensor(labels)
-    places = f"digits/{domain}/{split}.csv", f"digits/{domain}/{other}.csv"
+    places = dict.fromkeys(f"digits/{domain}/{name}.csv" for name in (split, other))
     raise ValueError(f"--data {root}: no {domain} {split} images; {advice(root, places)}")
 
 
@@ -308,7 +308,8 @@ def make_data(out, source=None):
         except Exception as e:  # no network, a quota, missing or damaged files: the other parts go on
             missing.append(part)
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
-            print(f"{folder}: cannot be made ({reason}); give the files with --from DIR", file=sys.stderr)
+            wanted = f"expected torchvision's files in {root}" if source else "give the files with --from DIR"
+            print(f"{folder}: cannot be made ({reason}); {wanted}", file=sys.stderr)
     return missing
 
 
