@@ -549,13 +549,7 @@ def table(args):
         if Path(run.ckpt).exists():
             ckpt = load_checkpoint(run.ckpt)
             load_network(ckpt, run.ckpt)
-            found = ckpt["args"]
-            wanted = settings_of(run, images)
-            names = wanted if "rng" in ckpt else NETWORK  # of weights alone, as in .weights/
-            other = [name for name in names if found.get(name) != wanted[name]]
-            if other:
-                differ = ", ".join(f"{name} {wanted[name]} (checkpoint: {found.get(name)})" for name in other)
-                raise ValueError(f"--ckpt {run.ckpt} with other settings: {differ}")
+            check_settings(ckpt, settings_of(run, images), f"--ckpt {run.ckpt}")
 
     cells = {method: {scenario: [] for scenario in args.scenarios} for method in args.methods}
     for run in runs:
@@ -1058,7 +1052,11 @@ def load_file(path, option="--ckpt"):
 
 def load_checkpoint(path, option="--ckpt"):
     """The dict of a checkpoint of this script. Raises FileNotFoundError or ValueError."""
-    ckpt = load_file(path, option)
+    return check_checkpoint(load_file(path, option), path, option)
+
+
+def check_checkpoint(ckpt, path, option="--ckpt"):
+    """What a file holds, if that is a checkpoint of this script; else ValueError."""
     found = ckpt.get("script", list(ckpt)[:3]) if isinstance(ckpt, dict) else type(ckpt).__name__
     if found != NAME:
         raise ValueError(f"{option} {path}: found {found}, expected a checkpoint of {NAME}.py")
@@ -1079,8 +1077,22 @@ def load_network(ckpt, path, device="cpu", option="--ckpt"):
         raise ValueError(f"{option} {path}: its settings describe no network ({e})") from e
     net = nets[0] if isinstance(nets, tuple) else nets
     load_weights(net, ckpt["ema"], path, option)
-    settings.trained = f"step {ckpt.get('step')} of {ckpt.get('steps', 'a finished training')}"
+    settings.trained = "not of this script"
+    if "step" in ckpt:
+        settings.trained = f"step {ckpt['step']} of {ckpt.get('steps', 'a finished training')}"
     return net.eval(), settings
+
+
+def check_settings(ckpt, new, what):
+    """Raises ValueError where the settings of a checkpoint are others than the `new` ones.
+
+    Of averaged weights alone, as in .weights/, only the network's count.
+    """
+    old = {**ckpt["args"], "data": ckpt.get("data")}
+    names = [name for name in (new if "rng" in ckpt else NETWORK) if new[name] != old.get(name)]
+    if names:
+        differ = ", ".join(f"{name} {new[name]} (checkpoint: {old.get(name)})" for name in names)
+        raise ValueError(f"{what} with other settings: {differ}")
 
 
 def load_weights(net, state, path, option="--ckpt"):
@@ -1251,17 +1263,12 @@ class Run:
     def resume(self):
         """Loads args.ckpt into the parts; raises ValueError where settings, images or labels differ.
 
-        Of averaged weights alone, as in .weights/, only the network's settings count; optimisers start anew.
+        With averaged weights alone, as in .weights/, the optimisers start anew.
         """
         path = self.args.ckpt
         ckpt = load_checkpoint(path)
         alone = "rng" not in ckpt
-        old = {**ckpt["args"], "data": ckpt.get("data")}
-        new = {**self.settings, "data": self.data}
-        names = [name for name in (NETWORK if alone else new) if new[name] != old.get(name)]
-        differ = [f"{name} {new[name]} (checkpoint: {old.get(name)})" for name in names]
-        if differ:
-            raise ValueError(f"--resume {path} with other settings: {', '.join(differ)}")
+        check_settings(ckpt, {**self.settings, "data": self.data}, f"--resume {path}")
         self.step = ckpt["step"]
         self.seconds = ckpt["seconds"]
         if self.step + alone > self.steps:
