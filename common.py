@@ -905,7 +905,7 @@ td { border-bottom: 1px solid #8886; padding: .35rem 1rem .35rem 0; overflow-wra
 <h1>Four problems of deep generative vision</h1>
 <p>$notes</p>
 $sections
-<h2>Commands, with their seconds</h2>
+<h2>Commands, with their seconds: $minutes minutes</h2>
 <pre>$commands</pre>
 </body>
 </html>
@@ -928,7 +928,14 @@ BARS = {
     "dann SVHN → MNIST-M": (max, 0.42, 0.516),
     "dann USPS → SVHN": (max, 0.28, 0.342),
 }
-HEADER = ("", "here", "images or networks", "course's bar", "best of the reports", "")
+HEADER = ("", "here", "minutes of training", "images or networks", "course's bar", "best of the reports", "")
+
+
+def minutes(ckpts):
+    """Mean minutes that the logs beside these checkpoints say, as a text; empty without logs."""
+    logs = [Path(ckpt).with_suffix(".log.csv") for ckpt in ckpts]
+    logs = [np.atleast_1d(np.genfromtxt(log, delimiter=",", names=True)) for log in logs if log.is_file()]
+    return f"{np.mean([log['seconds'][-1] for log in logs]) / 60:.0f}" if logs else ""
 
 
 def read_scores(path, bars):
@@ -942,7 +949,8 @@ def read_scores(path, bars):
                 label = " → ".join(DOMAIN_NAMES[domain] for domain in scenario.split("-"))
                 share = float(np.mean([run["accuracy"] for run in runs]))
                 bar = bars.get(f"{method.removesuffix('-mt')} {label}")
-                rows.append(score_row(label, method + report, share, len(runs), bar))
+                time = minutes([run["ckpt"] for run in runs])
+                rows.append(score_row(label, method + report, share, time, len(runs), bar))
         return rows
     labels = LABELS | {"distance": result.get("name", "FID")}
     if labels["distance"] != "FID":
@@ -952,11 +960,12 @@ def read_scores(path, bars):
             value = float(np.ravel(value)[0])  # of mean and deviation the mean
             whose = path.stem.partition("_")[2] or path.stem
             bar = bars.get(f"{path.stem[:2]} {labels[key]}")
-            rows.append(score_row(labels[key], whose, value, result.get("n", ""), bar))
+            time = minutes([path.with_suffix(".pt")])
+            rows.append(score_row(labels[key], whose, value, time, result.get("n", ""), bar))
     return rows
 
 
-def score_row(label, whose, value, n, bar):
+def score_row(label, whose, value, time, n, bar):
     """A row of texts; shares are shown in per cent."""
     pattern = "{:.1%}" if label in ("digit accuracy", "face rate") or "→" in label else "{:.4g}"
     better, *limits = bar or (max, None, None)
@@ -964,7 +973,7 @@ def score_row(label, whose, value, n, bar):
     verdict = ""
     if limits[0] is not None:
         verdict = "pass" if better(value, limits[0]) == value else "fail"
-    return f"{label}, {whose}", texts[0], n, *texts[1:], verdict
+    return f"{label}, {whose}", texts[0], time, n, *texts[1:], verdict
 
 
 def figure(path):
@@ -1017,7 +1026,9 @@ def write_report(out, built_in=()):
     commands = ""
     if (out / "commands.tsv").is_file():
         commands = (out / "commands.tsv").read_text(encoding="utf-8", errors="backslashreplace")
-    page = PAGE.substitute(notes=html.escape(notes), sections=sections, commands=html.escape(commands))
+    total = sum(int(line.split("\t")[0]) for line in commands.splitlines())
+    texts = {"notes": html.escape(notes), "commands": html.escape(commands), "minutes": round(total / 60)}
+    page = PAGE.substitute(texts, sections=sections)
     write_whole(out / "report.html", lambda file: file.write(page.encode("utf-8", "backslashreplace")))
     print(out / "report.html")
 

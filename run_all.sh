@@ -3,7 +3,8 @@
 #
 #   bash run_all.sh                          with the weights that come with it, minutes, results in results/
 #   bash run_all.sh --train                  trains on built-in data first, 15 minutes, results in results-train/
-#   bash run_all.sh IN OUT [p1 p2 p3 p4]     trains on the course's data in IN, a day; called again it goes on
+#   bash run_all.sh IN OUT [p1 p2 p3 p4]     trains on the course's data in IN, an hour; called again it goes on
+#   bash run_all.sh --full IN OUT [p1 ...]   the same with all steps and all methods, a day
 #   bash run_all.sh IN OUT reports [NAME...] the systems of the five reports, 2021 2022a 2022b 2022c 2023: days
 #
 # The graders' calls, with checkpoints/ beside this file or else the weights that come with it:
@@ -17,7 +18,7 @@
 #   bash run_all.sh bonus IMAGES TARGET OUT.csv   with dann-mt            hw2_bonus.sh of 2021
 set -euo pipefail
 here=$(CDPATH="" cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
-usage() { sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+usage() { sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 absolute() { case $1 in /*) printf %s "$1" ;; *) printf %s "$PWD/$1" ;; esac; }
 call() {  # a script on paths that are absolute, from this folder, where it finds checkpoints/ and .weights/
   cd "$here" && exec python3 "$@"
@@ -40,9 +41,11 @@ case "$#:${1-}" in
   3:p4) call p4_dann.py --mode predict --input "$(absolute "$2")" --out "$(absolute "$3")" ;;
   4:p4) bonus "${@:2}" --method dann ;;
   4:bonus) bonus "${@:2}" ;;
-  0:) in=; out=results; train=; problems=(p1 p2 p3 p4) ;;
-  1:--train) in=; out=results-train; train=yes; problems=(p1 p2 p3 p4) ;;
-  *) [ $# -ge 2 ] || usage
+  0:) in=; out=results; train=; full=; problems=(p1 p2 p3 p4) ;;
+  1:--train) in=; out=results-train; train=yes; full=; problems=(p1 p2 p3 p4) ;;
+  *) full=
+     if [ "$1" = --full ]; then full=yes; shift; fi
+     [ $# -ge 2 ] || usage
      [ -d "$1" ] || { echo "error: $1: no such folder" >&2; usage; }
      in=$1; out=$2; train=yes; shift 2; problems=("$@"); [ $# -gt 0 ] || problems=(p1 p2 p3 p4) ;;
 esac
@@ -53,7 +56,7 @@ if [ "${problems[0]}" = reports ]; then  # alone: what follows are names
   for name in "${names[@]}"; do
     case $name in 2021|2022a|2022b|2022c|2023) ;; *) usage ;; esac
   done
-  problems=(reports)
+  problems=(reports); full=yes
 fi
 for problem in "${problems[@]}"; do
   case ${#problems[@]}:$problem in *:p[1-4]|1:reports) ;; *) usage ;; esac
@@ -85,7 +88,7 @@ if [ -n "$in" ]; then
 fi
 mkdir -p "$out"
 
-child=
+child=; planning=
 stop() {  # SIGNAL, CODE: passes it on to the script that runs, and waits until that has saved
   trap '' INT TERM HUP
   if [ -n "$child" ]; then
@@ -98,7 +101,8 @@ trap 'stop INT 130' INT
 trap 'stop TERM 143' TERM
 trap 'stop HUP 129' HUP
 
-run() {  # a script with its options, and its time for the report
+run() {  # a script with its options, and its time for the report; where it only plans, prints them
+  if [ -n "$planning" ]; then printf '%q ' "$@"; echo; return; fi
   local start=$SECONDS code=0
   echo "+ $*"
   (trap - INT; exec python3 "$here/$1" "${@:2}") &  # bash takes no signal while it runs a command itself
@@ -113,13 +117,14 @@ run() {  # a script with its options, and its time for the report
 }
 report() { python3 "$here/common.py" report "$out" ${built_in[@]+"${built_in[@]}"}; }
 short() { if [ -z "$in" ]; then echo "$*"; fi; }  # options of the runs on built-in data
+fast() { if [ -z "$full" ]; then echo "$*"; fi; }  # options of all but the day
 weights() {  # NAME, script, options of training: trains $out/NAME.pt, or takes the weights that come with it
   ckpt=$here/.weights/$1.pt
   if [ -z "$train" ]; then [ -e "$ckpt" ]; return; fi
   ckpt=$out/$1.pt
   local resume=()
   if [ -e "$ckpt" ]; then resume=(--resume); fi
-  run "$2" --mode train --ckpt "$ckpt" ${data[@]+"${data[@]}"} "${@:3}" ${resume[@]+"${resume[@]}"}
+  run "$2" --mode train $(fast --fast) --ckpt "$ckpt" ${data[@]+"${data[@]}"} "${@:3}" ${resume[@]+"${resume[@]}"}
 }
 evaluate() {  # script, folder, more options
   if [ -n "$in" ]; then run "$1" --mode eval --input "$2" --out "$2.json" --data "$in" "${@:3}"; fi
@@ -127,8 +132,8 @@ evaluate() {  # script, folder, more options
 
 p1() {
   local grids=()
-  for method in ${faces:+${train:+dcgan} ${in:+wgangp} sngan} acgan; do
-    weights "p1_$method" p1_gan.py --method "$method" $(short --batch-size 16 --steps 200) || continue
+  for method in ${faces:+${full:+dcgan wgangp} sngan} acgan; do
+    weights "p1_$method" p1_gan.py --method "$method" || continue
     run p1_gan.py --mode sample --ckpt "$ckpt" --out "$out/p1_$method"
     evaluate p1_gan.py "$out/p1_$method" --ckpt "$ckpt"
     if [ -z "$in" ] && [ "$method" = acgan ]; then
@@ -139,28 +144,35 @@ p1() {
   if [ ${#grids[@]} -gt 0 ]; then run p1_gan.py --mode grid --ckpt "${grids[@]}" --out "$out/p1_figures"; fi
 }
 p2() {
-  weights p2_diffusion p2_diffusion.py $(short --fast --steps 1000) || return 0
-  run p2_diffusion.py --mode sample --ckpt "$ckpt" --out "$out/p2_digits"
-  local scored=(--mode eval --ckpt "$ckpt" --input "$out/p2_digits" --out "$out/p2_digits.json")
+  local guidance=()
+  if [ -n "$train" ] && [ -z "$full" ]; then guidance=(--guidance 3); fi  # young networks need more
+  weights p2_diffusion p2_diffusion.py || return 0
+  run p2_diffusion.py --mode sample --ckpt "$ckpt" ${guidance[@]+"${guidance[@]}"} --out "$out/p2_diffusion"
+  local scored=(--mode eval --ckpt "$ckpt" --input "$out/p2_diffusion" --out "$out/p2_diffusion.json")
   run p2_diffusion.py "${scored[@]}" ${data[@]+"${data[@]}"}
   run p2_diffusion.py --mode grid --ckpt "$ckpt" ${data[@]+"${data[@]}"} $(short --num 5) --out "$out/p2_figures"
 }
 p3() {
-  local given=() sampler=()
+  local given=() sampler=() train=$train
+  if [ -n "$in" ] && [ -z "$full" ]; then
+    train=  # it takes 13 hours
+    echo "p3: faces by the weights that come with it"
+  fi
   if [ -n "$in" ] && [ -e "$in/face/UNet.pt" ]; then  # the course's network and noises of 2023
     given=(--ckpt "$in/face/UNet.pt" --noise "$in/face/noise")
     run p3_ddim.py --mode sample "${given[@]}" --out "$out/p3_given"
     if [ -d "$in/face/GT" ]; then
       run p3_ddim.py --mode mse --input "$out/p3_given" --gt "$in/face/GT" --out "$out/p3_given.json"
     fi
+    if [ -z "$full" ]; then given=(); fi  # a figure of it takes longer than the hour
   fi
-  if [ $faces ] && weights p3_ddim p3_ddim.py $(short --fast --steps 400); then
+  if [ $faces ] && weights p3_ddim p3_ddim.py; then
     local how=(--sampler dpm++ --ckpt "$ckpt")
     if [ -z "$train" ]; then how+=(--guide "$here/.weights/p3_guide.pt"); fi
-    run p3_ddim.py --mode sample "${how[@]}" $(short --num 64 --sample-steps 8) --out "$out/p3_faces"
-    evaluate p3_ddim.py "$out/p3_faces"
+    run p3_ddim.py --mode sample "${how[@]}" $(fast --num 64 --sample-steps 8) --out "$out/p3_faces"
+    if [ -n "$full" ]; then evaluate p3_ddim.py "$out/p3_faces"; fi
     run p3_ddim.py --mode grid "${how[@]}" --out "$out/p3_figures"
-    run p3_ddim.py --mode invert --ckpt "$ckpt" ${data[@]+"${data[@]}"} $(short --sample-steps 10 --num 4) \
+    run p3_ddim.py --mode invert --ckpt "$ckpt" ${data[@]+"${data[@]}"} $(fast --sample-steps 10 --num 4) \
       --out "$out/p3_figures"
     if [ ${#given[@]} -eq 0 ]; then
       given=(--ckpt "$ckpt")
@@ -168,15 +180,21 @@ p3() {
     fi
   fi
   [ ${#given[@]} -gt 0 ] || return 0
-  run p3_ddim.py --mode eta-grid "${given[@]}" $(short --sample-steps 20 --eta 0 0.5 1) --out "$out/p3_figures"
+  run p3_ddim.py --mode eta-grid "${given[@]}" $(fast --sample-steps 20 --eta 0 0.5 1) \
+    --out "$out/p3_figures"
   run p3_ddim.py --mode interpolate "${given[@]}" ${sampler[@]+"${sampler[@]}"} --out "$out/p3_figures"
 }
 p4() {
-  local targets=(svhn usps) scenarios=() methods=()
-  if [ -z "$in" ]; then targets=(svhn); scenarios=(--scenarios mnistm-svhn); fi
-  if [ -z "$train" ]; then methods=(--methods dann-mt); fi
-  run p4_dann.py --mode table --seeds 0 --ckpt "$out" --out "$out/p4_table" ${data[@]+"${data[@]}"} \
-    ${scenarios[@]+"${scenarios[@]}"} ${methods[@]+"${methods[@]}"} $(short --steps 240)
+  local targets=(svhn usps) options=(--seeds 0 --methods dann dann-mt)
+  if [ -n "$full" ]; then
+    options=(--seeds 0)
+  elif [ -n "$in" ]; then
+    options+=(--scenarios mnistm-svhn mnistm-usps svhn-mnistm usps-svhn)  # what the course grades
+  else
+    targets=(svhn)
+    options=(--seeds 0 --methods dann-mt --scenarios mnistm-svhn --steps 240)
+  fi
+  run p4_dann.py --mode table "${options[@]}" $(fast --fast) ${data[@]+"${data[@]}"} --ckpt "$out" --out "$out/p4_table"
   for target in "${targets[@]}"; do
     run p4_dann.py --mode tsne --ckpt "$out/p4_dann-mt_mnistm_${target}_deep_0.pt" --out "$out/p4_figures" \
       $(short --num 500) \
@@ -222,6 +240,9 @@ reports() {
   done
 }
 
+if [ "${problems[0]}" = reports ]; then
+  python3 "$here/tests/benchmark.py" cost < <(planning=yes; reports) || true  # says its own error
+fi
 for problem in "${problems[@]}"; do
   $problem
 done

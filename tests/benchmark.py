@@ -10,6 +10,8 @@
   python tests/benchmark.py fid --data DIR --num 1000            # common.py fid beside pytorch-fid
   python tests/benchmark.py faces --data DIR --input DIR ...     # fd_efflite0 and face rate
   python tests/benchmark.py folds --data DIR --out OUT           # SVHN in five folds; then what p4 reached
+  python tests/benchmark.py bar NETWORK --data DIR --seed 0      # minutes of --fast until the course's bar
+  python tests/benchmark.py cost < COMMANDS                      # hours of each training, as run_all.sh asks
   python tests/benchmark.py export --ckpt FILE --out DIR --note TEXT    # a checkpoint's weights alone
 
 --data left out: the built-in data. fid needs `pip install pytorch-fid`; faces and `p2 --ckpt` need
@@ -21,14 +23,17 @@ import contextlib
 import csv
 import functools
 import io
+import itertools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 os.environ["TQDM_DISABLE"] = "1"  # before torch, which imports tqdm
 import numpy as np
@@ -534,6 +539,138 @@ def folds(options):
         print(f"| {method} | {scenario} | {len(values)} | {mean:.2f} % | {least:.1f} % | {most:.1f} % |")
 
 
+# ---------------- the course's bars ----------------
+
+NETWORKS = {  # script, options of its training, the course's bar
+    "sngan": (p1_gan, ["--method", "sngan"], 0.90),
+    "acgan": (p1_gan, ["--method", "acgan"], 0.80),
+    "diffusion": (p2_diffusion, [], 0.95),
+    "svhn": (p4_dann, ["--target", "svhn"], 0.40),
+    "usps": (p4_dann, ["--target", "usps"], 0.76),
+}
+
+
+def share_passed(script, args):
+    """Face rate of 1000 faces, accuracy of 1000 digits, or of the target's val part, of args.ckpt."""
+    model, settings = script.load_model(args.ckpt, args.device)
+    if script is p4_dann:
+        return p4_dann.accuracy(model, *common.load_digits(args.data, args.target, "val"))
+    if script is p2_diffusion:
+        how = p2_diffusion.sampling(p2_diffusion.parse_args(["--mode", "sample", "--guidance", "3"]))
+        images, digits, _ = sample_digits(model, settings, 100, how)
+    else:
+        keys = p1_gan.image_keys(settings.method, 100 if settings.method == "acgan" else 1000)
+        batches = [keys[i : i + 100] for i in range(0, 1000, 100)]
+        images = torch.cat([p1_gan.from_keys(model, settings, batch, 0) for batch in batches])
+        if settings.method == "sngan":
+            return common.face_rate(images)
+        digits = torch.tensor([digit for digit, _ in keys])
+    net, _ = common.load_classifier(Path(common.__file__).parent / ".weights" / "digit_classifier.pth", "cpu")
+    return (common.classify(net, images) == digits).float().mean().item()
+
+
+def bar(options):
+    """Trains with --fast; scores what is saved every two minutes, until it passes the course's bar."""
+    script, more, least = NETWORKS[options.network]
+    save = script.Run.save
+    scoring = 0.0  # seconds, which are not of the training
+    print(f"{options.network}, seed {options.seed}: the bar is {least:.0%}")
+
+    def save_and_score(run, again=False):
+        nonlocal scoring
+        save(run, again)
+        start = time.perf_counter()
+        share = share_passed(script, run.args)
+        minutes = (run.seconds - scoring) / 60
+        print(f"step {run.step} of {run.steps}, {minutes:.1f} minutes: {share:.1%}", flush=True)
+        scoring += time.perf_counter() - start
+        if share >= least and not options.whole:
+            raise SystemExit
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(script.Run, "save", save_and_score):
+        more = [*more, "--seed", str(options.seed), "--ckpt", f"{folder}/{options.network}.pt"]
+        script.MODES["train"](script.parse_args(["--fast", *more, "--data", options.data]))
+
+
+# ---------------- what a training will take ----------------
+
+
+def time_a_step(script, args, data):
+    """(seconds of a step, number of steps) of a training, from its second and third step."""
+    seconds = []
+    steps = 0
+
+    def stop(run):
+        nonlocal steps
+        steps = run.steps
+        seconds.append(run.seconds)
+        return len(seconds) == 3
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.multiple(script.Run, agree_to_stop=stop, save=mock.DEFAULT),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        script.train(argparse.Namespace(**{**vars(args), "ckpt": f"{folder}/x.pt", "resume": False}), *data)
+    return (seconds[-1] - seconds[0]) / (len(seconds) - 1), steps
+
+
+def networks_of(script, args):
+    """{name: (settings, how many)} of the trainings of one command; of p4's table one for all seeds."""
+    if args.mode == "train":
+        return {Path(args.ckpt).stem: (args, 1)}
+    found = {}
+    for method, scenario in itertools.product(args.methods, args.scenarios):
+        source, target = scenario.split("-")
+        run = script.settle(args, method=method, source=source, target=target)
+        found[run.name.rpartition("_")[0]] = (run, len(args.seeds))
+    return found
+
+
+def time_a_call(args):
+    """(seconds, number of calls for ten images) of p2's sampler, from two calls of an untrained network."""
+    model = p2_diffusion.build(args).to(args.device).eval()
+    how = p2_diffusion.sampling(args)
+    settings = argparse.Namespace(**vars(args), size=28)
+    start = time.perf_counter()
+    p2_diffusion.generate(model, settings, range(10), **{**how, "sampler": "ddim", "calls": 2})
+    return (time.perf_counter() - start) / 2, args.T if how["sampler"] == "ddpm" else how["calls"]
+
+
+def cost(options):
+    """Reads commands of the scripts, one a line; prints what training and p2 images take here."""
+    load = functools.cache(common.load_digits)
+    total = 0
+    print("| from step 0 | steps | seconds a step | hours |\n|---|---|---|---|")
+
+    def row(name, times, steps, seconds):
+        nonlocal total
+        hours = times * steps * seconds / 3600
+        total += hours
+        print(f"| {name} | {times} x {steps:,} | {seconds:.2f} | {hours:.1f} |", flush=True)
+
+    for line in sys.stdin:
+        name, *argv = shlex.split(line)
+        script = SCRIPTS[Path(name).stem]
+        args = script.parse_args(argv)
+        if script is p2_diffusion and args.mode == "sample":
+            seconds, calls = time_a_call(args)
+            row(f"{10 * args.num} images of {Path(args.ckpt).stem}", args.num, calls, seconds)
+        if args.mode not in ("train", "table"):
+            continue
+        for name, (run, networks) in networks_of(script, args).items():
+            if script is p4_dann:
+                data = p4_dann.training_set(run, load)
+            elif script is p1_gan and run.method != "acgan":
+                data = (common.load_faces(run.data, "train"),)
+            else:
+                data = load(run.data, "mnistm", "train")
+            seconds, steps = time_a_step(script, run, data)
+            row(name, networks, steps, seconds)
+    print(f"| all | | | {total:.1f} |\n", flush=True)
+
+
 # ---------------- weights to publish ----------------
 
 
@@ -561,11 +698,11 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     commands = p.add_subparsers(dest="command", required=True)
     parsers = {}
-    for function in (p1, p2, p3, p4, fid, faces, folds, export):
+    for function in (p1, p2, p3, p4, fid, faces, folds, bar, cost, export):
         text = function.__doc__
         c = commands.add_parser(function.__name__, help=text.splitlines()[0], description=text)
         c.set_defaults(run=function)
-        if function is not export:
+        if function not in (cost, export):
             c.add_argument("--data", metavar="DIR", help="as in the scripts (default: built-in data)")
         parsers[function.__name__] = c
     for name in ("p1", "p2", "p3", "p4"):
@@ -591,14 +728,17 @@ def parse_args(argv=None):
     text = "the first so many images of each folder (default: 1000)"
     parsers["faces"].add_argument("--num", type=int, default=1000, help=text)
     parsers["folds"].add_argument("--out", required=True, help="folder to make fold1 ... fold5 in")
+    parsers["bar"].add_argument("network", choices=NETWORKS, help="what to train")
+    parsers["bar"].add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
+    parsers["bar"].add_argument("--whole", action="store_true", help="go on after the bar, to the end")
     parsers["export"].add_argument("--ckpt", metavar="FILE", required=True, help="of any of the scripts")
     parsers["export"].add_argument("--out", metavar="DIR", required=True, help="folder of the new file")
     parsers["export"].add_argument("--note", required=True, help="what it reached, with N, seed and machine")
     options = p.parse_args(argv)
     if options.command == "p2" and options.guide and not options.ckpt:
         p.error("p2 --guide needs --ckpt")
-    if options.command == "folds" and options.data is None:
-        p.error("folds needs --data, the course's layout")
+    if options.command in ("folds", "bar") and options.data is None:
+        p.error(f"{options.command} needs --data, the course's layout")
     return options
 
 

@@ -484,7 +484,7 @@ def test_settings_of_training():
         "dann-mt": ("usps", "svhn", "p4_dann-mt_usps_svhn_deep_3"),
         "target": ("svhn", None, "p4_source_svhn_deep_3"),
     }
-    assert parse("--fast").steps == 400
+    assert parse("--fast").steps == 600
 
 
 def test_labels_of_the_target_are_not_used():

@@ -43,14 +43,18 @@ def out(tmp_path):
     scores = {
         "p1_sngan": {"n": 1000, "name": "FID", "distance": 21.5, "is": [2.0, 0.1], "face_rate": 0.95},
         "p1_dcgan": {"n": 1000, "name": "fd_random", "distance": 3.5, "is": [2.2, 0.1]},
-        "p2_digits": {"n": 1000, "accuracy": 0.94, "diversity": 1.01},
+        "p2_diffusion": {"n": 1000, "accuracy": 0.94, "diversity": 1.01},
         "p3_given": {"mse": 0.005, "largest": 21.0},
     }
     for name, score in scores.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(score))
     (tmp_path / "p4_table").mkdir()
     scenarios = ("mnistm-svhn", "mnistm-usps", "svhn-mnistm", "usps-svhn", "usps-mnistm")
-    table = {"dann": {s: [{"accuracy": 0.6}, {"accuracy": 0.7}] for s in scenarios}}
+    ckpts = [str(tmp_path / name) for name in ("a.pt", "b.pt")]
+    runs = [{"accuracy": 0.6, "ckpt": ckpts[0]}, {"accuracy": 0.7, "ckpt": ckpts[1]}]
+    table = {"dann": {scenario: runs for scenario in scenarios}}
+    for name, seconds in (("a", 200), ("b", 400), ("p1_sngan", 660)):
+        (tmp_path / f"{name}.log.csv").write_text(f"step,seconds,sure\n1,5,\n2,{seconds},0.5\n")
     (tmp_path / "p4_table" / "table.json").write_text(json.dumps(table))
     command = "python3 p1_gan.py --mode train --out a&b" + " --long-option" * 40
     (tmp_path / "commands.tsv").write_text(f"12\t{command}\n5\t{command} --resume\n")
@@ -67,16 +71,18 @@ def test_report_has_the_numbers(out):
     def row(name):
         return next(row for row in rows if name in row)
 
-    assert row("FID, sngan") == "|FID, sngan||21.5||1000||27||22.97||pass|"
-    assert row("face rate, sngan") == "|face rate, sngan||95.0%||1000||90.0%||92.2%||pass|"
+    assert row("FID, sngan") == "|FID, sngan||21.5||11||1000||27||22.97||pass|"
+    assert row("face rate, sngan") == "|face rate, sngan||95.0%||11||1000||90.0%||92.2%||pass|"
     no_fid = row("fd_random, dcgan")  # is not compared with FID
     assert "pass" not in no_fid and "fail" not in no_fid and "27" not in no_fid
-    assert "fail" in row("digit accuracy, digits")
+    assert "fail" in row("digit accuracy, diffusion")
     assert not {"pass", "fail"} & set(row("inception score, sngan").split("|"))
     assert "0.0072" in row("mean squared error, given") and "fail" in row("largest mean squared error, given")
     assert "inception score, dcgan" not in page  # random weights have no classes
     verdicts = "".join(row for row in rows if ", dann|" in row)
     assert verdicts.count("pass") == 3 and verdicts.count("fail") == 1  # usps-mnistm has no bar
+    assert "||65.0%||5||2||40.0%|" in row("MNIST-M → SVHN, dann")  # the mean of 200 and 400 seconds
+    assert "seconds: 0 minutes" in page
     assert "12\tpython3 p1_gan.py --mode train --out a&amp;b" in page
     common.write_report(out, built_in=("p1", "p2", "p3", "p4"))
     page = (out / "report.html").read_text()
@@ -150,6 +156,9 @@ def test_usage(tmp_path):
         [tmp_path, tmp_path / "out", "p1", "p5"],
         [tmp_path, tmp_path / "out", "p1", "reports"],
         [tmp_path, tmp_path / "out", "reports", "2024"],
+        ["--full"],
+        ["--full", tmp_path],
+        ["--full", tmp_path / "nowhere", tmp_path / "out"],
         ["p3", "noise", "out"],
         ["p1", ""],  # a script that passes on an argument that it did not get
         ["p3", "noise", "out", ""],
@@ -210,19 +219,32 @@ def test_built_in_data_has_a_folder_of_its_own(pretend, tmp_path):
     assert (tmp_path / "results-train" / "commands.tsv").is_file()
 
 
+def trained_by(commands):
+    """{(script, method)} of the trainings among commands."""
+    return {(name, vars(args).get("method")) for name, args in commands if args.mode == "train"}
+
+
+def test_the_hour_and_the_day(pretend):
+    """IN OUT trains by --fast what the course grades; --full trains all, with all steps."""
+    hour = pretend("in", "out")
+    assert trained_by(hour) == {("p1_gan", "sngan"), ("p1_gan", "acgan"), ("p2_diffusion", None)}
+    assert all(args.fast for _, args in hour if args.mode in ("train", "table"))
+    table = next(args for _, args in hour if args.mode == "table")
+    assert table.methods == ["dann", "dann-mt"]
+    assert table.scenarios == ["mnistm-svhn", "mnistm-usps", "svhn-mnistm", "usps-svhn"]
+    day = pretend("--full", "in", "out")
+    assert not any(args.fast for _, args in day if args.mode in ("train", "table"))
+    more = {("p1_gan", "dcgan"), ("p1_gan", "wgangp"), ("p3_ddim", None)}
+    assert trained_by(day) == trained_by(hour) | more
+
+
 def test_given_data_are_given_to_all_that_learn_or_compare(pretend):
-    commands = pretend("in", "out")
+    commands = pretend("--full", "in", "out")
     blind = {"sample", "mse", "eta-grid", "interpolate"}
     blind_grids = {"p1_gan", "p3_ddim"}
     for script, args in commands:
         if args.mode not in blind and (args.mode, script) not in {("grid", name) for name in blind_grids}:
             assert args.data == "in", (script, args.mode)
-    assert {args.method for script, args in commands if script == "p1_gan" and args.mode == "train"} == {
-        "dcgan",
-        "wgangp",
-        "sngan",
-        "acgan",
-    }
 
 
 def test_reports_by_name(pretend):

@@ -579,6 +579,12 @@ def test_help_shows_the_defaults_that_hold(script, argv):
     assert not differ and len(shown) > 15
 
 
+@pytest.mark.parametrize("script", [p1, p2])
+def test_fast_is_short_and_shorter_with_built_in_images(script):
+    steps = [script.parse_args(argv).steps for argv in (["--fast"], ["--fast", "--data", "x"], [])]
+    assert steps == sorted(set(steps))
+
+
 UNUSED = {
     p1: [
         "sample --steps 5", "sample --lr 1", "train --input x", "train --out x", "sample --data x",
