@@ -730,7 +730,7 @@ def presets(args):
     if "epochs" in defaults:
         defaults["steps"] = None
     if args.fast:
-        real = 1500 if method == "acgan" else 2000
+        real = 1200 if method == "acgan" else 2000
         defaults |= {"steps": real if args.data else 300, "epochs": None}
     if args.mode == "sample":
         defaults |= {"out": "samples", "batch_size": 100}
