@@ -144,13 +144,13 @@ p1() {
   if [ ${#grids[@]} -gt 0 ]; then run p1_gan.py --mode grid --ckpt "${grids[@]}" --out "$out/p1_figures"; fi
 }
 p2() {
-  local guidance=()
-  if [ -n "$train" ] && [ -z "$full" ]; then guidance=(--guidance 3); fi  # young networks need more
   weights p2_diffusion p2_diffusion.py || return 0
-  run p2_diffusion.py --mode sample --ckpt "$ckpt" ${guidance[@]+"${guidance[@]}"} --out "$out/p2_diffusion"
+  local how=(--ckpt "$ckpt")
+  if [ -n "$train" ] && [ -z "$full" ]; then how+=(--guidance 3); fi  # young networks need more
+  run p2_diffusion.py --mode sample "${how[@]}" --out "$out/p2_diffusion"
   local scored=(--mode eval --ckpt "$ckpt" --input "$out/p2_diffusion" --out "$out/p2_diffusion.json")
   run p2_diffusion.py "${scored[@]}" ${data[@]+"${data[@]}"}
-  run p2_diffusion.py --mode grid --ckpt "$ckpt" ${data[@]+"${data[@]}"} $(short --num 5) --out "$out/p2_figures"
+  run p2_diffusion.py --mode grid "${how[@]}" ${data[@]+"${data[@]}"} $(short --num 5) --out "$out/p2_figures"
 }
 p3() {
   local given=() sampler=() train=$train
