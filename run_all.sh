@@ -166,7 +166,7 @@ p3() {
     fi
     if [ -z "$full" ]; then given=(); fi  # a figure of it takes longer than the hour
   fi
-  if [ $faces ] && weights p3_ddim p3_ddim.py; then
+  if [ $faces ] && weights p3_ddim p3_ddim.py $(short --steps 400); then
     local how=(--sampler dpm++ --ckpt "$ckpt")
     if [ -z "$train" ]; then how+=(--guide "$here/.weights/p3_guide.pt"); fi
     run p3_ddim.py --mode sample "${how[@]}" $(fast --num 64 --sample-steps 8) --out "$out/p3_faces"

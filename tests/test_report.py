@@ -293,7 +293,7 @@ def test_failure(tmp_path):
     face = tmp_path / "in" / "face" / "train" / "0.png"
     face.parent.mkdir(parents=True)
     face.write_bytes(b"damaged")
-    result = run_all(tmp_path / "in", tmp_path / "out", "p3")
+    result = run_all("--full", tmp_path / "in", tmp_path / "out", "p3")
     assert result.returncode == 2 and "cannot be read" in result.stderr
     assert "p3_ddim.py --mode train" in (tmp_path / "out" / "report.html").read_text()
 
