@@ -101,10 +101,9 @@ def shrink_cache(folder):
 
 def progress(items, text):
     """The items, with a bar on a terminal, a line a minute in a file, nothing without standard error."""
-    isatty = getattr(sys.stderr, "isatty", None)
-    if isatty is None:
+    if not hasattr(sys.stderr, "isatty"):
         return items
-    return tqdm(items, desc=text, leave=False, mininterval=1 if isatty() else 60)
+    return tqdm(items, desc=text, leave=False, mininterval=1 if sys.stderr.isatty() else 60)
 
 
 def is_image(name):
@@ -329,10 +328,9 @@ def download(root, part):
 
 def course_split(n, part):
     """Seeded order of n items cut into train, val and test, in the course's sizes or proportions."""
-    train, val, whole = SPLIT[part]
+    *sizes, whole = SPLIT[part]
     order = np.random.default_rng(0).permutation(n)[:whole]
-    train = len(order) * train // whole
-    val = len(order) * val // whole
+    train, val = (len(order) * size // whole for size in sizes)
     if part == "face":
         order.sort()
     return np.split(order, [train, train + val])
@@ -802,8 +800,7 @@ def score_images(generated, reference, weights, device):
             _, probabilities = inception_features(net.eval().to(device), images)
             classes = "torchvision's 1000 classes, as the course's IS.py"
     result["is"] = inception_score(probabilities)
-    splits = min(10, len(images))
-    print("IS {:.3f} +- {:.3f} ({} splits, {})".format(*result["is"], splits, classes))
+    print("IS {:.3f} +- {:.3f} ({} splits, {})".format(*result["is"], min(10, len(images)), classes))
     try:
         result["face_rate"] = face_rate(images)
         print(f"face rate {result['face_rate']:.4f} (dlib HOG, exactly one face)")
@@ -911,9 +908,9 @@ $sections
 </html>
 """)
 TITLES = {"p1": "GANs", "p2": "Conditional diffusion", "p3": "DDIM", "p4": "Domain adaptation"}
-LABELS = {"is": "inception score", "accuracy": "digit accuracy", "diversity": "diversity"}
-LABELS |= {"psnr": "PSNR in dB", "face_rate": "face rate", "mse": "mean squared error"}
-LABELS["largest"] = "largest mean squared error"
+LABELS = {"accuracy": "digit accuracy", "diversity": "diversity", "face_rate": "face rate"}
+LABELS |= {"is": "inception score", "psnr": "PSNR in dB", "mse": "mean squared error"}
+LABELS |= {"largest": "largest mean squared error"}
 DOMAIN_NAMES = {"mnistm": "MNIST-M", "svhn": "SVHN", "usps": "USPS"}
 # problem or method, label: the better of two, the course's bar, best of the reports
 BARS = {
@@ -955,13 +952,12 @@ def read_scores(path, bars):
     labels = LABELS | {"distance": result.get("name", "FID")}
     if labels["distance"] != "FID":
         del labels["is"]  # random weights have no classes
-    for key, value in result.items():
-        if key in labels:
-            value = float(np.ravel(value)[0])  # of mean and deviation the mean
-            whose = path.stem.partition("_")[2] or path.stem
-            bar = bars.get(f"{path.stem[:2]} {labels[key]}")
-            time = minutes([path.with_suffix(".pt")])
-            rows.append(score_row(labels[key], whose, value, time, result.get("n", ""), bar))
+    whose = path.stem.partition("_")[2] or path.stem
+    time = minutes([path.with_suffix(".pt")])
+    for key in [key for key in labels if key in result]:
+        value = float(np.ravel(result[key])[0])  # of mean and deviation the mean
+        bar = bars.get(f"{path.stem[:2]} {labels[key]}")
+        rows.append(score_row(labels[key], whose, value, time, result.get("n", ""), bar))
     return rows
 
 
@@ -974,14 +970,6 @@ def score_row(label, whose, value, time, n, bar):
     if limits[0] is not None:
         verdict = "pass" if better(value, limits[0]) == value else "fail"
     return f"{label}, {whose}", texts[0], time, n, *texts[1:], verdict
-
-
-def figure(path):
-    """A PNG as HTML."""
-    name = html.escape(f"{path.parent.name}/{path.name}")
-    data = base64.b64encode(path.read_bytes()).decode()
-    image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{name}</figcaption></figure>"
 
 
 def html_table(rows):
@@ -1010,7 +998,10 @@ def write_report(out, built_in=()):
         except (ValueError, LookupError, TypeError, AttributeError):
             print(f"note: {path}: left out, because it is no result of the scripts", file=sys.stderr)
     for path in sorted(out.glob("p[1-4]_figures*/[!.]*.png")):
-        figures[path.parent.name[:2]] += figure(path)
+        name = html.escape(f"{path.parent.name}/{path.name}")
+        data = base64.b64encode(path.read_bytes()).decode()
+        image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
+        figures[name[:2]] += f"<figure>{image}<figcaption>{name}</figcaption></figure>"
 
     sections = ""
     for problem, title in TITLES.items():
@@ -1023,12 +1014,10 @@ def write_report(out, built_in=()):
             sections += f'<div class="figures">{figures[problem]}</div>\n'
 
     notes = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
-    commands = ""
-    if (out / "commands.tsv").is_file():
-        commands = (out / "commands.tsv").read_text(encoding="utf-8", errors="backslashreplace")
-    total = sum(int(line.split("\t")[0]) for line in commands.splitlines())
-    texts = {"notes": html.escape(notes), "commands": html.escape(commands), "minutes": round(total / 60)}
-    page = PAGE.substitute(texts, sections=sections)
+    path = out / "commands.tsv"
+    commands = path.read_text(encoding="utf-8", errors="backslashreplace") if path.is_file() else ""
+    total = round(sum(int(line.split("\t")[0]) for line in commands.splitlines()) / 60)
+    page = PAGE.substitute(notes=notes, sections=sections, commands=html.escape(commands), minutes=total)
     write_whole(out / "report.html", lambda file: file.write(page.encode("utf-8", "backslashreplace")))
     print(out / "report.html")
 

@@ -1,6 +1,7 @@
 """run_all.sh's report in headless Chromium, its arguments, and the graders' calls."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import benchmark
 import numpy as np
 import pytest
 import torch
@@ -260,6 +262,20 @@ def test_reports_by_name(pretend):
     assert [1, 101, 201, 261, 361, 400] in grids
     etas = [args.eta for script, args in commands if args.mode == "eta-grid"]
     assert etas == [[i / 10 for i in range(10)], [0.5, 0.5]]
+
+
+@pytest.mark.slow
+def test_cost_of_the_reports(monkeypatch, capsys, tmp_path):
+    """Hours of each training from three timed steps, p4's table times its seeds; nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    table = "p4_dann.py --mode table --report 2022b --seeds 0 1 2 --ckpt here --out here\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(table + "p2_diffusion.py --mode grid --out here\n"))
+    benchmark.cost(None)
+    rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines() if "_2022b-small" in row]
+    assert len(rows) == 5 and all(row[1] == "3 x 2,000" for row in rows)  # source of three, dann of two
+    for _, _, seconds, hours in rows:
+        assert float(hours.rstrip(" |")) == pytest.approx(float(seconds) * 6000 / 3600, abs=0.06)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["TERM", "HUP"])
