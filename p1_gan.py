@@ -655,7 +655,7 @@ OPTIONS = """
 --classifier  FILE  None  eval  acgan: weights in the course's format; None: ours, or trained on --data
 --inception  FILE  None  eval  faces: pytorch-fid's weights; None: downloaded once
 --num  int 1..  None  sample  faces in all (None: 1000), or digits of each class (None: 100)
---fast  switch  False  train  preset: minutes on two cores, passes the course's bars
+--fast  switch  False  train  preset: minutes on two cores; sngan and acgan pass the course's bars
 --resume  switch  False  train  go on from --ckpt
 --precision  auto|bf16|float32  "auto"  train  auto: bf16 autocast where the hardware is fast at it
 --steps  int 1..  None  train  updates of D in all; more with --resume, where no step depends on it

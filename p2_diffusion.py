@@ -1022,7 +1022,9 @@ def presets(args):
     if args.report:
         defaults |= EVERY_REPORT | REPORTS[args.report]
     if args.fast:
-        defaults |= {"steps": 2400 if args.data else 800, "batch_size": 64, "epochs": None}
+        defaults |= {"steps": 2400, "batch_size": 64, "epochs": None}
+        if not args.data:
+            defaults |= {"steps": 1600, "batch_size": 32}
     if args.guide:
         defaults |= {"guidance": 1.0, "sample_steps": 10, "last_time": 0.02}
     if args.mode == "sample":

@@ -2,7 +2,7 @@
 # Everything in one command: samples, scores, figures, and a page of it all.
 #
 #   bash run_all.sh                          with the weights that come with it, minutes, results in results/
-#   bash run_all.sh --train                  trains on built-in data first, 15 minutes, results in results-train/
+#   bash run_all.sh --train                  trains on built-in data first, 14 minutes, results in results-train/
 #   bash run_all.sh IN OUT [p1 p2 p3 p4]     trains on the course's data in IN, an hour; called again it goes on
 #   bash run_all.sh --full IN OUT [p1 ...]   the same with all steps and all methods, a day
 #   bash run_all.sh IN OUT reports [NAME...] the systems of the five reports, 2021 2022a 2022b 2022c 2023: days
@@ -124,7 +124,8 @@ weights() {  # NAME, script, options of training: trains $out/NAME.pt, or takes 
   ckpt=$out/$1.pt
   local resume=()
   if [ -e "$ckpt" ]; then resume=(--resume); fi
-  run "$2" --mode train $(fast --fast) --ckpt "$ckpt" ${data[@]+"${data[@]}"} "${@:3}" ${resume[@]+"${resume[@]}"}
+  run "$2" --mode train $(fast --fast) --ckpt "$ckpt" ${data[@]+"${data[@]}"} "${@:3}" \
+    ${resume[@]+"${resume[@]}"}
 }
 evaluate() {  # script, folder, more options
   if [ -n "$in" ]; then run "$1" --mode eval --input "$2" --out "$2.json" --data "$in" "${@:3}"; fi
@@ -194,7 +195,8 @@ p4() {
     targets=(svhn)
     options=(--seeds 0 --methods dann-mt --scenarios mnistm-svhn --steps 240)
   fi
-  run p4_dann.py --mode table "${options[@]}" $(fast --fast) ${data[@]+"${data[@]}"} --ckpt "$out" --out "$out/p4_table"
+  run p4_dann.py --mode table "${options[@]}" $(fast --fast) ${data[@]+"${data[@]}"} \
+    --ckpt "$out" --out "$out/p4_table"
   for target in "${targets[@]}"; do
     run p4_dann.py --mode tsne --ckpt "$out/p4_dann-mt_mnistm_${target}_deep_0.pt" --out "$out/p4_figures" \
       $(short --num 500) \

@@ -584,7 +584,7 @@ def bar(options):
         minutes = (run.seconds - scoring) / 60
         print(f"step {run.step} of {run.steps}, {minutes:.1f} minutes: {share:.1%}", flush=True)
         scoring += time.perf_counter() - start
-        if share >= least and not options.whole:
+        if share >= least:
             raise SystemExit
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(script.Run, "save", save_and_score):
@@ -730,7 +730,6 @@ def parse_args(argv=None):
     parsers["folds"].add_argument("--out", required=True, help="folder to make fold1 ... fold5 in")
     parsers["bar"].add_argument("network", choices=NETWORKS, help="what to train")
     parsers["bar"].add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
-    parsers["bar"].add_argument("--whole", action="store_true", help="go on after the bar, to the end")
     parsers["export"].add_argument("--ckpt", metavar="FILE", required=True, help="of any of the scripts")
     parsers["export"].add_argument("--out", metavar="DIR", required=True, help="folder of the new file")
     parsers["export"].add_argument("--note", required=True, help="what it reached, with N, seed and machine")
