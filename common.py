@@ -1016,7 +1016,7 @@ def write_report(out, built_in=()):
     notes = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
     path = out / "commands.tsv"
     commands = path.read_text(encoding="utf-8", errors="backslashreplace") if path.is_file() else ""
-    total = round(sum(int(line.split("\t")[0]) for line in commands.splitlines()) / 60)
+    total = round(sum(map(int, re.findall(r"^(\d+)\t", commands, re.MULTILINE))) / 60)
     page = PAGE.substitute(notes=notes, sections=sections, commands=html.escape(commands), minutes=total)
     write_whole(out / "report.html", lambda file: file.write(page.encode("utf-8", "backslashreplace")))
     print(out / "report.html")
